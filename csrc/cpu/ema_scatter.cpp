@@ -1,0 +1,279 @@
+#include "cpu/ema_scatter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/ema_scatter_rows.h"
+#include "cpu/isa.h"
+
+namespace momkd {
+namespace {
+
+constexpr double kEps = 1e-12;
+constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
+
+// Squared lengths in this range are right in float32: nothing overflowed or fell among the subnormal numbers.
+constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
+
+const EmaRowKernels &row_kernels() {
+  switch (current_isa()) {
+#ifdef MOMKD_HAVE_AVX512
+    case Isa::avx512:
+      return ema_rows_avx512;
+#endif
+#ifdef MOMKD_HAVE_AVX2
+    case Isa::avx2:
+      return ema_rows_avx2;
+#endif
+    default:
+      return ema_rows_baseline;
+  }
+}
+
+// An uninitialised array on a cache-line boundary.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : storage_(new float[static_cast<size_t>(count) + kLanes]) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
+    data_ = storage_.get() + (-address % (4 * kLanes)) / 4;
+  }
+  float *get() const { return data_; }
+
+ private:
+  std::unique_ptr<float[]> storage_;
+  float *data_;
+};
+
+// The slots of each class as unit columns: (C, S, padded K), with a bias row (padded K) that rules out the padding.
+struct Bank {
+  Bank(const float *memory, int64_t c, int64_t k, int64_t s)
+      : s(s), padded_k((k + kLanes - 1) / kLanes * kLanes), columns(c * s * padded_k), bias(padded_k) {
+    for (int64_t j = 0; j < padded_k; ++j) bias.get()[j] = j < k ? 0.0f : -std::numeric_limits<float>::infinity();
+    std::fill_n(columns.get(), c * s * padded_k, 0.0f);
+    for (int64_t slot = 0; slot < c * k; ++slot) {
+      const float *from = memory + slot * s;
+      double squared = 0;
+      for (int64_t j = 0; j < s; ++j) squared += static_cast<double>(from[j]) * from[j];
+      const double scale = 1 / std::max(std::sqrt(squared), kEps);
+      float *to = of(slot / k) + slot % k;
+      for (int64_t j = 0; j < s; ++j) to[j * padded_k] = static_cast<float>(from[j] * scale);
+    }
+  }
+  float *of(int64_t label) const { return columns.get() + label * s * padded_k; }
+
+  int64_t s, padded_k;
+  Buffer columns, bias;
+};
+
+// How the rows are cut: by sizes alone, never by the number of threads, so that sums are the same for any number.
+struct Chunks {
+  Chunks(int64_t n, int64_t c, int64_t k, int64_t s) {
+    const int64_t enough_work = (int64_t{1} << 21) / std::max<int64_t>(s * std::max<int64_t>(k, kLanes), 1);
+    int64_t least = std::max<int64_t>(std::min<int64_t>(std::max<int64_t>(enough_work, 64), 4096), 8 * c * k);
+    const int64_t most_chunks = std::max<int64_t>(kWorkspace / (c * k * (s * 4 + 8)), 1);
+    least = std::max(least, (n + most_chunks - 1) / most_chunks);
+    rows = least;
+    count = (n + rows - 1) / rows;
+  }
+  int64_t rows, count;
+};
+
+// What one thread needs to walk a chunk: the rows that wait, by class, until a block of them is full.
+struct Walker {
+  Walker(int64_t c, int64_t s, bool widen)
+      : waiting(static_cast<size_t>(c * kBlockRows)),
+        filled(static_cast<size_t>(c)),
+        wide(static_cast<size_t>(widen ? kBlockRows * s : 0)),
+        scaled(static_cast<size_t>(s)) {}
+  std::vector<int64_t> waiting;  // (C, kBlockRows) row numbers
+  std::vector<int> filled;       // (C,)
+  std::vector<float> wide;       // (kBlockRows, S): the block as float32
+  std::vector<float> scaled;     // (S,): a row whose squared length leaves float32
+};
+
+class Accumulation {
+ public:
+  Accumulation(const EmaRows &rows, const Bank &bank, int64_t c, int64_t k, int32_t *assignments)
+      : rows_(rows), bank_(bank), c_(c), k_(k), assignments_(assignments), kernels_(row_kernels()) {}
+
+  // Rows [first, last) into sums (C, K, S) and mass (C, K), which start at zero here.
+  void chunk(int64_t first, int64_t last, Walker &walker, float *sums, double *mass) const {
+    std::fill_n(sums, c_ * k_ * rows_.s, 0.0f);
+    std::fill_n(mass, c_ * k_, 0.0);
+    std::fill(walker.filled.begin(), walker.filled.end(), 0);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t label = rows_.row_class[i];
+      if (label < 0 || label >= c_) {
+        assignments_[i] = -1;
+        continue;
+      }
+      int64_t *block = walker.waiting.data() + label * kBlockRows;
+      int &filled = walker.filled[static_cast<size_t>(label)];
+      block[filled++] = i;
+      if (filled == kBlockRows) {
+        this->block(label, block, filled, walker, sums, mass);
+        filled = 0;
+      }
+    }
+    for (int64_t label = 0; label < c_; ++label) {
+      const int filled = walker.filled[static_cast<size_t>(label)];
+      if (filled) block(label, walker.waiting.data() + label * kBlockRows, filled, walker, sums, mass);
+    }
+  }
+
+ private:
+  const float *row(int64_t i, float *wide) const {
+    const int64_t at = i * rows_.row_stride;
+    if (rows_.type == RowType::float32) return static_cast<const float *>(rows_.z) + at;
+    const uint16_t *from = static_cast<const uint16_t *>(rows_.z) + at;
+    (rows_.type == RowType::float16 ? kernels_.widen_float16 : kernels_.widen_bfloat16)(from, rows_.s, wide);
+    return wide;
+  }
+
+  void block(int64_t label, const int64_t *which, int count, Walker &walker, float *sums, double *mass) const {
+    const float *row_at[kBlockRows];
+    for (int i = 0; i < count; ++i) row_at[i] = row(which[i], walker.wide.data() + i * rows_.s);
+    for (int i = count; i < kBlockRows; ++i) row_at[i] = row_at[0];
+    int32_t slot[kBlockRows];
+    float squared[kBlockRows];
+    kernels_.nearest(row_at, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, slot, squared);
+
+    int adding = 0;
+    const float *add_row[kBlockRows];
+    float scale[kBlockRows];
+    float *target[kBlockRows];
+    for (int i = 0; i < count; ++i) {
+      double length = std::sqrt(static_cast<double>(squared[i]));
+      if (!(squared[i] >= kSmallest && squared[i] <= kLargest))
+        slot[i] = careful(row_at[i], label, walker.scaled.data(), length);
+      assignments_[which[i]] = slot[i];
+      const float weight = rows_.weights ? rows_.weights[which[i]] : 1.0f;
+      if (slot[i] < 0 || !(weight > 0) || std::isinf(weight)) continue;
+      const int64_t at = label * k_ + slot[i];
+      mass[at] += weight;
+      add_row[adding] = row_at[i];
+      scale[adding] = static_cast<float>(rows_.normalize ? weight / std::max(length, kEps) : weight);
+      target[adding++] = sums + at * rows_.s;
+    }
+    kernels_.add(adding, add_row, scale, rows_.s, target);
+  }
+
+  // The slot of a row that is zero, tiny, huge or not finite (−1), and its length, through a row scaled to size 1.
+  int32_t careful(const float *row, int64_t label, float *scaled, double &length) const {
+    float largest = 0;
+    for (int64_t j = 0; j < rows_.s; ++j) {
+      if (!std::isfinite(row[j])) return -1;
+      largest = std::max(largest, std::fabs(row[j]));
+    }
+    length = 0;
+    if (largest == 0) return 0;
+    for (int64_t j = 0; j < rows_.s; ++j) {
+      scaled[j] = static_cast<float>(static_cast<double>(row[j]) / largest);
+      length += static_cast<double>(scaled[j]) * scaled[j];
+    }
+    length = std::sqrt(length) * largest;
+    const float *block[kBlockRows];
+    int32_t slot[kBlockRows];
+    float squared[kBlockRows];
+    std::fill_n(block, kBlockRows, scaled);
+    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, slot, squared);
+    return slot[0];
+  }
+
+  const EmaRows &rows_;
+  const Bank &bank_;
+  const int64_t c_, k_;
+  int32_t *assignments_;
+  const EmaRowKernels &kernels_;
+};
+
+}  // namespace
+
+void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
+                    float *mass, int32_t *assignments) {
+  const int64_t slots = c * k, s = rows.s;
+  const Chunks chunks(rows.n, c, k, s);
+  if (chunks.count == 0) {
+    std::fill_n(sums, slots * s, 0.0f);
+    std::fill_n(mass, slots, 0.0f);
+    return;
+  }
+  const Bank bank(memory, c, k, s);
+  const Accumulation accumulation(rows, bank, c, k, assignments);
+  const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), chunks.count));
+  std::vector<Walker> walkers;  // made here: nothing may throw inside the parallel region
+  for (int i = 0; i < workers; ++i) walkers.emplace_back(c, s, rows.type != RowType::float32);
+  const Buffer partial_sums(chunks.count * slots * s);
+  const std::unique_ptr<double[]> partial_mass(new double[static_cast<size_t>(chunks.count * slots)]);
+
+#pragma omp parallel num_threads(workers) if (workers > 1)
+  {
+#ifdef _OPENMP
+    Walker &walker = walkers[static_cast<size_t>(omp_get_thread_num())];
+#else
+    Walker &walker = walkers[0];
+#endif
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < chunks.count; ++i)
+      accumulation.chunk(i * chunks.rows, std::min((i + 1) * chunks.rows, rows.n), walker,
+                         partial_sums.get() + i * slots * s, partial_mass.get() + i * slots);
+
+    // The partial sums of each slot in the order of the chunks.
+#pragma omp for schedule(static)
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      double total = 0;
+      for (int64_t i = 0; i < chunks.count; ++i) total += partial_mass[static_cast<size_t>(i * slots + slot)];
+      mass[slot] = static_cast<float>(total);
+      for (int64_t first = 0; first < s; first += 64) {
+        const int64_t width = std::min<int64_t>(64, s - first);
+        double column[64] = {};
+        for (int64_t i = 0; i < chunks.count; ++i) {
+          const float *from = partial_sums.get() + (i * slots + slot) * s + first;
+          for (int64_t j = 0; j < width; ++j) column[j] += from[j];
+        }
+        for (int64_t j = 0; j < width; ++j) sums[slot * s + first + j] = static_cast<float>(column[j]);
+      }
+    }
+  }
+}
+
+void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k, int64_t s,
+               double momentum, int threads) {
+  const int64_t slots = c * k;
+  const int workers = slots * s < 16384 ? 1 : std::max(threads, 1);
+#pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const double received = mass[slot];
+    usage[slot] = static_cast<float>(momentum * usage[slot] + (1 - momentum) * received);
+    if (!(received > 0)) continue;
+    float *vector = memory + slot * s;
+    const float *total = sums + slot * s;
+    const double take = (1 - momentum) / received;
+    double squared = 0;
+    for (int64_t j = 0; j < s; ++j) {
+      const double moved = momentum * vector[j] + take * total[j];
+      squared += moved * moved;
+    }
+    const double length = std::sqrt(squared);
+    if (!(length > kEps)) continue;  // the mean cancels the slot, or is not a number: keep what was there
+    for (int64_t j = 0; j < s; ++j)
+      vector[j] = static_cast<float>((momentum * vector[j] + take * total[j]) / length);
+  }
+}
+
+void ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
+                 int32_t *assignments, int threads) {
+  const Buffer sums(c * k * rows.s), mass(c * k);
+  ema_accumulate(rows, memory, c, k, threads, sums.get(), mass.get(), assignments);
+  ema_apply(memory, usage, sums.get(), mass.get(), c, k, rows.s, momentum, threads);
+}
+
+}  // namespace momkd

@@ -1,0 +1,28 @@
+// The inner loops of ema_scatter, one set for each instruction set (ema_scatter_rows.cpp is compiled several times).
+#pragma once
+
+#include <cstdint>
+
+namespace momkd {
+
+constexpr int kLanes = 16;     // slots side by side in a vector; a class's bank is padded to a multiple of it
+constexpr int kBlockRows = 6;  // rows of one class at a time: 6 × 16 sums fit the registers of AVX2 and of AVX-512
+
+struct EmaRowKernels {
+  // For each of kBlockRows rows the nearest slot and the squared length.
+  //   bank   (S, padded K), 64-byte aligned: unit slots, transposed
+  //   bias   (padded K), 64-byte aligned: 0 for a slot, −inf for padding
+  void (*nearest)(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
+                  int32_t *slot, float *squared);
+  // target[i][0:S] += scale[i] · rows[i][0:S] for i < count.
+  void (*add)(int count, const float *const *rows, const float *scale, int64_t s, float *const *target);
+  // One row of float16 or bfloat16 to float32.
+  void (*widen_float16)(const uint16_t *row, int64_t s, float *out);
+  void (*widen_bfloat16)(const uint16_t *row, int64_t s, float *out);
+};
+
+extern const EmaRowKernels ema_rows_baseline;
+extern const EmaRowKernels ema_rows_avx2;
+extern const EmaRowKernels ema_rows_avx512;
+
+}  // namespace momkd

@@ -1,0 +1,29 @@
+"""momkd: kernels for multiple-instance learning on whole-slide images, and momentum memory knowledge distillation."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from momkd.bags import Bags
+
+if TYPE_CHECKING:
+    from momkd import functional, models, nn, ops, reference
+    from momkd.doctor import doctor
+
+try:
+    __version__ = version("momkd")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = ["Bags", "doctor", "functional", "models", "nn", "ops", "reference"]
+
+_SUBMODULES = {"compat", "functional", "models", "nn", "ops", "reference"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load submodules at first use, so that `import momkd` is quick."""
+    if name in _SUBMODULES:
+        return import_module(f"momkd.{name}")
+    if name == "doctor":
+        return import_module("momkd.doctor").doctor
+    raise AttributeError(f"module 'momkd' has no attribute {name!r}")

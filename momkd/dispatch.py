@@ -1,0 +1,71 @@
+"""Which backend runs an op: `can_run` answers with a reason, `choose` takes the best or the one that was named.
+
+A backend that is not there is never an import error, only a reason. A named backend runs or raises; nothing is
+swapped silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from momkd import env, native
+from momkd.errors import BackendError
+
+BACKENDS = ("triton", "cuda", "native", "torch")
+
+# The backends that hold each op, best first. `torch` is the reference and runs everywhere.
+OPS: dict[str, tuple[str, ...]] = {
+    "gated_attention_pool": ("torch",),
+    "attention_pool": ("torch",),
+    "memory_similarity": ("torch",),
+    "memory_guided_pool": ("torch",),
+    "soft_angle_loss": ("torch",),
+    "ema_accumulate": ("native", "torch"),
+    "ema_apply_": ("native", "torch"),
+    "ema_scatter_": ("native", "torch"),
+}
+
+
+def _known(word: str, words: Sequence[str], what: str) -> None:
+    if word not in words:
+        near = difflib.get_close_matches(word, words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what}: expected one of {', '.join(words)}, got {word!r}{hint}")
+
+
+def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
+    """Whether `backend` can run `op` on these tensors, and why or why not.
+
+    Without tensors the answer is about this installation: whether the backend is there at all.
+    """
+    _known(op, tuple(OPS), "op")
+    _known(backend, BACKENDS, "backend")
+    if backend not in OPS[op]:
+        return False, f"no {backend} kernel for {op} in this version"
+    if backend == "native":
+        return native.can_run(args)
+    return True, "runs on every device"
+
+
+def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
+    """The backend to use: the named one, MOMKD_BACKEND, or the best that can run.
+
+    Raises:
+        BackendError: the named backend cannot run here; the message says why and what could.
+    """
+    named = backend or None
+    if named is None:
+        override = env.backend_override()
+        if override is not None:
+            _known(override, BACKENDS, "MOMKD_BACKEND")
+            named = override if override in OPS[op] else None
+    if named is None:
+        return next(name for name in OPS[op] if can_run(op, name, args)[0])
+    able, reason = can_run(op, named, args)
+    if not able:
+        others = [name for name in OPS[op] if can_run(op, name, args)[0]]
+        raise BackendError(f"{op}: backend {named!r} cannot run: {reason}; available here: {', '.join(others)}")
+    return named

@@ -1,0 +1,98 @@
+"""Checks that the public functions share. Each raises a ValueError that says expected, got and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int | None], words: str) -> None:
+    """`expected` holds a size, or None where any size will do; `words` is how the shape is written in the docs."""
+    fits = tensor.ndim == len(expected) and all(
+        want is None or want == size for want, size in zip(expected, tensor.shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name}: expected {words} = ({sizes}), got {tuple(tensor.shape)}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{name}: expected float16, bfloat16, float32 or float64, got {tensor.dtype}; use {name}.float()"
+        )
+
+
+def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: expected on {reference.device} like {reference_name}, got {tensor.device}; "
+                f"use {name}.to({reference_name}.device)"
+            )
+
+
+def offsets(tensor: Tensor, rows: int) -> None:
+    """Dtype and shape always; the values when they lie on the host, where looking costs nothing."""
+    if tensor.dtype != torch.int32 or tensor.ndim != 1 or tensor.shape[0] < 1:
+        raise ValueError(
+            f"offsets: expected int32 (B+1,), got {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}; "
+            "use Bags.from_list or offsets.int()"
+        )
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(tensor[0]), int(tensor[-1])
+    if first != 0 or last != rows:
+        raise ValueError(f"offsets: expected to run from 0 to N = {rows}, got {first} to {last}")
+    if bool((tensor.diff() < 0).any()):
+        bag = int((tensor.diff() < 0).nonzero()[0])
+        raise ValueError(f"offsets: expected never to decrease, but offsets[{bag + 1}] < offsets[{bag}]")
+
+
+def memory(tensor: Tensor, width: int | None = None) -> None:
+    shape("memory", tensor, (None, None, width), "(C, K, S)")
+    floating("memory", tensor)
+    if 0 in tensor.shape:
+        raise ValueError(f"memory: expected at least one class, slot and column, got {tuple(tensor.shape)}")
+
+
+def labels(name: str, tensor: Tensor, rows: int, classes: int) -> None:
+    """int64 (rows,); values are looked at on the host only: −1 for none, else under `classes`."""
+    shape(name, tensor, (rows,), "(N,)" if name == "row_class" else "(B,)")
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name}: expected int64, got {tensor.dtype}; use {name}.long()")
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < -1 or high >= classes:
+        bad = high if high >= classes else low
+        raise ValueError(f"{name}: expected 0 to {classes - 1}, or -1 for none, got {bad}")
+
+
+def fraction(name: str, value: float, *, below_one: bool = False) -> None:
+    top = value < 1 if below_one else value <= 1
+    if not (value >= 0 and top):
+        raise ValueError(f"{name}: expected 0 <= {name} {'<' if below_one else '<='} 1, got {value}")
+
+
+def positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, floating tensors take its dtype, as in torch's own matrix products."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)

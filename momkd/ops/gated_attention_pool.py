@@ -1,0 +1,133 @@
+"""Registration of gated_attention_pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momkd import reference
+from momkd.dispatch import choose
+from momkd.ops import _gradients
+from momkd.ops._register import custom_op
+from momkd.reference.gated_attention_pool import GateParameters
+from momkd.reference.segments import accumulate_dtype
+
+
+@custom_op("gated_attention_pool")
+def gated_attention_pool(
+    x: Tensor,
+    offsets: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, L), offsets (B+1,) -> pooled (B, H, L), scores (N, H), stats (B, H, 2)."""
+    choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
+    return reference.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
+
+
+@gated_attention_pool.register_fake
+def _(
+    x: Tensor,
+    offsets: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = x.shape
+    bags, heads, dtype = offsets.shape[0] - 1, w_a.shape[0], accumulate_dtype(x.dtype)
+    return (
+        x.new_empty((bags, heads, width)),
+        x.new_empty((rows, heads), dtype=dtype),
+        x.new_empty((bags, heads, 2), dtype=dtype),
+    )
+
+
+@custom_op("gated_attention_pool_backward")
+def gated_attention_pool_backward(
+    grad_pooled: Tensor,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    seed: Tensor | None,
+    pooled: Tensor,
+    scores: Tensor,
+    stats: Tensor,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The seven gradients in the order x, w_v, b_v, w_u, b_u, w_a, b_a; empty where not needed."""
+    choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
+    grads = reference.gated_attention_pool_backward(
+        grad_pooled, grad_scores, x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
+    )
+    return _gradients.pack(grads, x)
+
+
+@gated_attention_pool_backward.register_fake
+def _(
+    grad_pooled: Tensor,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    seed: Tensor | None,
+    pooled: Tensor,
+    scores: Tensor,
+    stats: Tensor,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return _gradients.fake((x, w_v, b_v, w_u, b_u, w_a, b_a), needs, x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.dropout_p, seed, ctx.backend = inputs
+    pooled, scores, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, seed, pooled, scores, stats)
+
+
+def _backward(
+    ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, _grad_stats: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if grad_pooled is None:
+        grad_pooled = torch.zeros_like(saved[-3])
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7)]
+    grads = gated_attention_pool_backward(grad_pooled, grad_scores, *saved, ctx.dropout_p, needs, ctx.backend)
+    d_x, *d_parameters = _gradients.unpack(grads, needs)
+    return (d_x, None, *d_parameters, None, None, None)
+
+
+gated_attention_pool.register_autograd(_backward, setup_context=_setup)

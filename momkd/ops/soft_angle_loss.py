@@ -1,0 +1,73 @@
+"""Registration of soft_angle_loss (one loss a row; the reduction is plain torch)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from momkd import reference
+from momkd.dispatch import choose
+from momkd.ops import _gradients
+from momkd.ops._register import custom_op
+from momkd.reference.segments import accumulate_dtype
+
+
+@custom_op("soft_angle_loss")
+def soft_angle_loss(
+    z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float, backend: str
+) -> Tensor:
+    """z (B, S), memory (C, K, S), labels (B,) int64 -> losses (B,)."""
+    choose("soft_angle_loss", backend, (z, memory, labels))
+    return reference.soft_angle_loss(z, memory, labels, margin, tau, beta)
+
+
+@soft_angle_loss.register_fake
+def _(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float, backend: str) -> Tensor:
+    return z.new_empty((z.shape[0],), dtype=accumulate_dtype(z.dtype))
+
+
+@custom_op("soft_angle_loss_backward")
+def soft_angle_loss_backward(
+    grad: Tensor,
+    z: Tensor,
+    memory: Tensor,
+    labels: Tensor,
+    margin: float,
+    tau: float,
+    beta: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    choose("soft_angle_loss", backend, (z, memory, labels))
+    grads = reference.soft_angle_loss_backward(grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1]))
+    return _gradients.pack(grads, z)
+
+
+@soft_angle_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    z: Tensor,
+    memory: Tensor,
+    labels: Tensor,
+    margin: float,
+    tau: float,
+    beta: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return _gradients.fake((z, memory), needs, z)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, memory, labels, ctx.margin, ctx.tau, ctx.beta, ctx.backend = inputs
+    ctx.save_for_backward(z, memory, labels)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:2])
+    grads = soft_angle_loss_backward(grad, *ctx.saved_tensors, ctx.margin, ctx.tau, ctx.beta, needs, ctx.backend)
+    return (*_gradients.unpack(grads, needs), None, None, None, None, None)
+
+
+soft_angle_loss.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,107 @@
+"""ema_scatter_: the momentum update of the memory, each row into the nearest slot of its own class.
+
+k_i = arg-max_k cos(z_i, M[c_i, k]) (of equal ones the lowest). For every slot that received mass
+M ← normalise(m · M + (1 − m) · Σ w_i z_i / Σ w_i); for all slots usage ← m · usage + (1 − m) · Σ w_i.
+
+A row with class −1 is skipped, and so is one that holds a NaN or an infinity: a single bad patch must not poison a
+prototype for the rest of a run. Both have assignment −1. A weight that is zero, negative or not finite brings no mass.
+A slot that received no mass keeps its vector bit for bit, as does one whose mean cancels to zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from momkd.reference.memory_similarity import EPS, unit_rows
+from momkd.reference.segments import accumulate_dtype
+
+
+def ema_accumulate(
+    memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None = None, normalize: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """memory (C, K, S), z (N, S), row_class (N,) int64, weights (N,) ->
+
+    sums (C, K, S) of w_i z_i, mass (C, K) of w_i, assignments (N,) int32.
+    """
+    classes, slots, width = memory.shape
+    dtype = accumulate_dtype(z.dtype)
+    rows = z.to(dtype)
+    valid = (row_class >= 0) & (row_class < classes) & rows.isfinite().all(1)
+    rows = torch.where(valid[:, None], rows, torch.zeros_like(rows))
+    unit, _ = unit_rows(rows)
+    bank, _ = unit_rows(memory.to(dtype))
+    own = torch.where(valid, row_class, torch.zeros_like(row_class))
+    nearest = torch.einsum("ns,cks->nck", unit, bank)[torch.arange(len(own), device=z.device), own].argmax(1)  # (N,)
+
+    w = torch.ones_like(rows[:, 0]) if weights is None else weights.to(dtype)
+    w = torch.where(valid & w.isfinite() & (w > 0), w, torch.zeros_like(w))
+    slot = own * slots + nearest
+    sums = rows.new_zeros(classes * slots, width).index_add_(0, slot, w[:, None] * (unit if normalize else rows))
+    mass = rows.new_zeros(classes * slots).index_add_(0, slot, w)
+    assignments = torch.where(valid, nearest, torch.full_like(nearest, -1)).int()
+    return sums.view(classes, slots, width), mass.view(classes, slots), assignments
+
+
+def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float) -> None:
+    """Move memory (C, K, S) and usage (C, K) in place by what `ema_accumulate` gathered."""
+    dtype = accumulate_dtype(sums.dtype)
+    got = mass > 0
+    mean = sums.to(dtype) / torch.where(got, mass, torch.ones_like(mass)).to(dtype)[..., None]
+    moved = momentum * memory.to(dtype) + (1 - momentum) * mean
+    norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    change = got[..., None] & (norm > EPS)
+    memory.copy_(torch.where(change, (moved / norm.clamp_min(EPS)).to(memory.dtype), memory))
+    usage.copy_((momentum * usage.to(dtype) + (1 - momentum) * mass.to(dtype)).to(usage.dtype))
+
+
+def ema_scatter_(
+    memory: Tensor,
+    usage: Tensor,
+    z: Tensor,
+    row_class: Tensor,
+    weights: Tensor | None,
+    momentum: float,
+    normalize: bool = True,
+) -> Tensor:
+    """Both halves. Returns the assignments (N,) int32."""
+    sums, mass, assignments = ema_accumulate(memory, z, row_class, weights, normalize)
+    ema_apply_(memory, usage, sums, mass, momentum)
+    return assignments
+
+
+def reseed_(
+    memory: Tensor,
+    usage: Tensor,
+    z: Tensor,
+    row_class: Tensor,
+    weights: Tensor | None,
+    threshold: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Give every slot whose usage is under `threshold` the vector of a row of its class, drawn by weight.
+
+    The slot's usage becomes the mean usage of its class, so that it is not replaced again at once. A class that has
+    no finite row with weight leaves its slots alone. Returns the replaced slots (C, K) bool. Waits for the device.
+    """
+    classes, slots, _ = memory.shape
+    rows = z.to(accumulate_dtype(z.dtype))
+    w = torch.ones_like(rows[:, 0]) if weights is None else weights.to(rows.dtype)
+    w = torch.where(rows.isfinite().all(1) & w.isfinite() & (w > 0), w, torch.zeros_like(w)).cpu()
+    unit, _ = unit_rows(rows)
+    replaced = torch.zeros(classes, slots, dtype=torch.bool, device=memory.device)
+    dead = (usage < threshold).cpu()
+    labels = row_class.cpu()
+    for c in range(classes):
+        count = int(dead[c].sum())
+        candidates = torch.where(labels == c, w, torch.zeros_like(w))
+        drawable = int((candidates > 0).sum())
+        if count == 0 or drawable == 0:
+            continue
+        take = min(count, drawable)  # the same row twice would make two slots one
+        chosen = torch.multinomial(candidates, take, generator=generator).to(z.device)
+        which = dead[c].nonzero()[:take, 0].to(memory.device)
+        memory[c, which] = unit[chosen].to(memory.dtype)
+        usage[c, which] = usage[c].mean()
+        replaced[c, which] = True
+    return replaced
