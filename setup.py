@@ -65,7 +65,7 @@ class Toolchain:
             print("momkd: the compiler has no OpenMP; the native CPU kernels will use one thread", file=sys.stderr)
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         self.isas = {
-            name: flags for name, flags in X86_ISAS.items() if not flags or x86 and self.compiles("", ["-c", *flags])
+            name: flags for name, flags in X86_ISAS.items() if not flags or (x86 and self.compiles("", ["-c", *flags]))
         }
 
     def compiles(self, program: str, flags: list[str]) -> bool:

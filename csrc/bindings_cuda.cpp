@@ -20,7 +20,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of momkd, compiled by nvcc: raw pointers, sizes and streams; called through momkd.ops.";
+  m.doc() =
+      "CUDA kernels of momkd, compiled by nvcc: raw pointers, sizes and streams; called through momkd.ops.";
   m.def("build_info", &build_info, "CUDA version, architectures compiled (80, 90, ...), version of momkd.");
   m.def("device_count", &momkd::device_count, "Number of NVIDIA GPUs; 0 without a driver.");
   m.def("probe", &momkd::device_probe, py::arg("device"), py::call_guard<py::gil_scoped_release>(),

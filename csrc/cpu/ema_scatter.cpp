@@ -17,6 +17,7 @@
 namespace momkd {
 namespace {
 
+constexpr int64_t kAheadBytes = 4096;
 constexpr double kEps = 1e-12;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
 
@@ -52,11 +53,13 @@ class Buffer {
   float *data_;
 };
 
-// The slots of each class as unit columns: (C, S, padded K), with a bias row (padded K) that rules out the padding.
+// The slots of each class as unit columns: (C, S, padded K), with a bias row (padded K) that rules out the
+// padding.
 struct Bank {
   Bank(const float *memory, int64_t c, int64_t k, int64_t s)
       : s(s), padded_k((k + kLanes - 1) / kLanes * kLanes), columns(c * s * padded_k), bias(padded_k) {
-    for (int64_t j = 0; j < padded_k; ++j) bias.get()[j] = j < k ? 0.0f : -std::numeric_limits<float>::infinity();
+    for (int64_t j = 0; j < padded_k; ++j)
+      bias.get()[j] = j < k ? 0.0f : -std::numeric_limits<float>::infinity();
     std::fill_n(columns.get(), c * s * padded_k, 0.0f);
     for (int64_t slot = 0; slot < c * k; ++slot) {
       const float *from = memory + slot * s;
@@ -73,7 +76,8 @@ struct Bank {
   Buffer columns, bias;
 };
 
-// How the rows are cut: by sizes alone, never by the number of threads, so that sums are the same for any number.
+// How the rows are cut: by sizes alone, never by the number of threads, so that sums are the same for any
+// number.
 struct Chunks {
   Chunks(int64_t n, int64_t c, int64_t k, int64_t s) {
     const int64_t enough_work = (int64_t{1} << 21) / std::max<int64_t>(s * std::max<int64_t>(k, kLanes), 1);
@@ -110,6 +114,7 @@ class Accumulation {
     std::fill_n(mass, c_ * k_, 0.0);
     std::fill(walker.filled.begin(), walker.filled.end(), 0);
     for (int64_t i = first; i < last; ++i) {
+      if (i + ahead_ < rows_.n) prefetch(i + ahead_);
       const int64_t label = rows_.row_class[i];
       if (label < 0 || label >= c_) {
         assignments_[i] = -1;
@@ -130,6 +135,12 @@ class Accumulation {
   }
 
  private:
+  // Rows wait for others of their class, so the processor sees no simple stream: say what comes.
+  void prefetch(int64_t i) const {
+    const char *at = static_cast<const char *>(rows_.z) + i * rows_.row_stride * item_;
+    for (int64_t byte = 0; byte < rows_.s * item_; byte += 64) __builtin_prefetch(at + byte);
+  }
+
   const float *row(int64_t i, float *wide) const {
     const int64_t at = i * rows_.row_stride;
     if (rows_.type == RowType::float32) return static_cast<const float *>(rows_.z) + at;
@@ -138,7 +149,8 @@ class Accumulation {
     return wide;
   }
 
-  void block(int64_t label, const int64_t *which, int count, Walker &walker, float *sums, double *mass) const {
+  void block(int64_t label, const int64_t *which, int count, Walker &walker, float *sums,
+             double *mass) const {
     const float *row_at[kBlockRows];
     for (int i = 0; i < count; ++i) row_at[i] = row(which[i], walker.wide.data() + i * rows_.s);
     for (int i = count; i < kBlockRows; ++i) row_at[i] = row_at[0];
@@ -151,7 +163,7 @@ class Accumulation {
     float scale[kBlockRows];
     float *target[kBlockRows];
     for (int i = 0; i < count; ++i) {
-      double length = std::sqrt(static_cast<double>(squared[i]));
+      double length = std::sqrt(squared[i]);
       if (!(squared[i] >= kSmallest && squared[i] <= kLargest))
         slot[i] = careful(row_at[i], label, walker.scaled.data(), length);
       assignments_[which[i]] = slot[i];
@@ -160,26 +172,28 @@ class Accumulation {
       const int64_t at = label * k_ + slot[i];
       mass[at] += weight;
       add_row[adding] = row_at[i];
-      scale[adding] = static_cast<float>(rows_.normalize ? weight / std::max(length, kEps) : weight);
+      scale[adding] = static_cast<float>(rows_.normalize ? weight / length : weight);
       target[adding++] = sums + at * rows_.s;
     }
     kernels_.add(adding, add_row, scale, rows_.s, target);
   }
 
-  // The slot of a row that is zero, tiny, huge or not finite (−1), and its length, through a row scaled to size 1.
+  // The slot of a row that is zero, tiny, huge or not finite (−1), and max(its length, 1e-12), through a row
+  // scaled to size 1.
   int32_t careful(const float *row, int64_t label, float *scaled, double &length) const {
     float largest = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
       if (!std::isfinite(row[j])) return -1;
       largest = std::max(largest, std::fabs(row[j]));
     }
-    length = 0;
+    length = kEps;
     if (largest == 0) return 0;
+    double squared_scaled = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
       scaled[j] = static_cast<float>(static_cast<double>(row[j]) / largest);
-      length += static_cast<double>(scaled[j]) * scaled[j];
+      squared_scaled += static_cast<double>(scaled[j]) * scaled[j];
     }
-    length = std::sqrt(length) * largest;
+    length = std::max(std::sqrt(squared_scaled) * largest, kEps);
     const float *block[kBlockRows];
     int32_t slot[kBlockRows];
     float squared[kBlockRows];
@@ -193,6 +207,8 @@ class Accumulation {
   const int64_t c_, k_;
   int32_t *assignments_;
   const EmaRowKernels &kernels_;
+  const int64_t item_ = rows_.type == RowType::float32 ? 4 : 2;
+  const int64_t ahead_ = std::max<int64_t>(kAheadBytes / (rows_.s * item_), 1);
 };
 
 }  // namespace
@@ -245,10 +261,10 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
   }
 }
 
-void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k, int64_t s,
-               double momentum, int threads) {
+void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k,
+               int64_t s, double momentum, int threads) {
   const int64_t slots = c * k;
-  const int workers = slots * s < 16384 ? 1 : std::max(threads, 1);
+  [[maybe_unused]] const int workers = slots * s < 16384 ? 1 : std::max(threads, 1);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t slot = 0; slot < slots; ++slot) {
     const double received = mass[slot];

@@ -23,15 +23,15 @@ struct EmaRows {
   bool normalize;            // accumulate z / max(|z|, 1e-12) rather than z
 };
 
-// sums (C, K, S), mass (C, K) and assignments (N,) are overwritten. A row with a class outside [0, C) or with a value
-// that is not finite gets assignment −1 and brings nothing; so does a weight that is not finite or not positive,
-// whose row keeps its assignment. Bit-identical for any number of threads.
+// sums (C, K, S), mass (C, K) and assignments (N,) are overwritten. A row with a class outside [0, C) or with
+// a value that is not finite gets assignment −1 and brings nothing; so does a weight that is not finite or
+// not positive, whose row keeps its assignment. Bit-identical for any number of threads.
 void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
                     float *mass, int32_t *assignments);
 
 // memory (C, K, S) and usage (C, K) in place.
-void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k, int64_t s,
-               double momentum, int threads);
+void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k,
+               int64_t s, double momentum, int threads);
 
 // Both, with a workspace of its own.
 void ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,

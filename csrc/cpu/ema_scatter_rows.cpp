@@ -1,5 +1,6 @@
-// Compiled once for each instruction set, with MOMKD_ISA its name. So nothing here may be an inline function of another
-// header: the linker keeps one copy of those, and it might be the one for a processor that this isn't.
+// Compiled once for each instruction set, with MOMKD_ISA its name. So nothing here may be an inline function
+// of another header: the linker keeps one copy of those, and it might be the one for a processor that this
+// isn't.
 #include "cpu/ema_scatter_rows.h"
 
 #define MOMKD_CONCAT_(a, b) a##b
@@ -8,63 +9,104 @@
 namespace momkd {
 namespace {
 
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-typedef float LooseVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+#if defined(__clang__)
+#define MOMKD_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define MOMKD_SHUFFLE(v, ...) __builtin_shuffle(v, IntVec{__VA_ARGS__})
+#endif
 
+// kWidth lanes fill a register; kGroup registers of slots by kBlockRows rows fit the register file.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kGroup = 1;
+#elif defined(__AVX__)
+constexpr int kWidth = 8, kGroup = 2;
+#else
+constexpr int kWidth = 4, kGroup = 2;
+#endif
+static_assert(kLanes % (kWidth * kGroup) == 0, "the padded bank holds whole groups");
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
+typedef float LooseVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+// Fold all lanes into every lane, by halves: a lane with its neighbour at distance kWidth / 2, ..., 2, 1.
+#if defined(__AVX512F__)
 constexpr IntVec kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-// Fold 16 lanes to one by halves: compilers make shuffles of this.
 template <typename V, typename Fold>
-inline V swap_fold(V v, Fold fold) {
-  v = fold(v, __builtin_shuffle(v, kIota ^ 8));
-  v = fold(v, __builtin_shuffle(v, kIota ^ 4));
-  v = fold(v, __builtin_shuffle(v, kIota ^ 2));
-  return fold(v, __builtin_shuffle(v, kIota ^ 1));
+inline V fold_lanes(V v, Fold fold) {
+  v = fold(v, MOMKD_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = fold(v, MOMKD_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
 }
-
-inline float sum(Vec v) {
-  return swap_fold(v, [](Vec a, Vec b) { return a + b; })[0];
+#elif defined(__AVX__)
+constexpr IntVec kIota = {0, 1, 2, 3, 4, 5, 6, 7};
+template <typename V, typename Fold>
+inline V fold_lanes(V v, Fold fold) {
+  v = fold(v, MOMKD_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6));
 }
+#else
+constexpr IntVec kIota = {0, 1, 2, 3};
+template <typename V, typename Fold>
+inline V fold_lanes(V v, Fold fold) {
+  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1));
+  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2));
+}
+#endif
 
 float squared_length(const float *row, int64_t s) {
-  Vec total = {};
+  Vec total = {}, other = {};
   int64_t j = 0;
-  for (; j + kLanes <= s; j += kLanes) {
-    const Vec v = *reinterpret_cast<const LooseVec *>(row + j);
-    total += v * v;
+  for (; j + 2 * kWidth <= s; j += 2 * kWidth) {
+    const Vec a = *reinterpret_cast<const LooseVec *>(row + j);
+    const Vec b = *reinterpret_cast<const LooseVec *>(row + j + kWidth);
+    total += a * a;
+    other += b * b;
   }
   float rest = 0;
   for (; j < s; ++j) rest += row[j] * row[j];
-  return sum(total) + rest;
+  return fold_lanes(total + other, [](Vec a, Vec b) { return a + b; })[0] + rest;
+}
+
+// The best slot so far in each lane: of equal ones the lower, as slots come in rising order.
+struct Best {
+  Vec value;
+  IntVec slot;
+};
+
+inline void keep_better(Best &best, Vec value, IntVec slot) {
+  const IntVec better = value > best.value;
+  best.value = better ? value : best.value;
+  best.slot = better ? slot : best.slot;
+}
+
+inline int32_t lowest_of_best(const Best &best) {
+  const Vec top = fold_lanes(best.value, [](Vec a, Vec b) { return a > b ? a : b; });
+  const IntVec candidate = best.value == top ? best.slot : IntVec{} + INT32_MAX;
+  return fold_lanes(candidate, [](IntVec a, IntVec b) { return a < b ? a : b; })[0];
 }
 
 void nearest(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
              int32_t *slot, float *squared) {
-  Vec best[kBlockRows];
-  IntVec where[kBlockRows];
-  for (int i = 0; i < kBlockRows; ++i) {
-    best[i] = Vec{} - __builtin_inff();
-    where[i] = kIota;
-  }
-  for (int64_t first = 0; first < padded_k; first += kLanes) {
-    Vec dot[kBlockRows];
-    for (int i = 0; i < kBlockRows; ++i) dot[i] = *reinterpret_cast<const Vec *>(bias + first);
+  Best best[kBlockRows];
+  for (Best &b : best) b = {Vec{} - __builtin_inff(), IntVec{}};
+  for (int64_t first = 0; first < padded_k; first += kWidth * kGroup) {
+    Vec dot[kBlockRows][kGroup];
+    for (int i = 0; i < kBlockRows; ++i)
+      for (int g = 0; g < kGroup; ++g) dot[i][g] = *reinterpret_cast<const Vec *>(bias + first + g * kWidth);
     const float *column = bank + first;
-    for (int64_t j = 0; j < s; ++j, column += padded_k) {
-      const Vec m = *reinterpret_cast<const Vec *>(column);
-      for (int i = 0; i < kBlockRows; ++i) dot[i] += rows[i][j] * m;
-    }
-    for (int i = 0; i < kBlockRows; ++i) {
-      const IntVec better = dot[i] > best[i];  // strictly: the lowest slot of equal ones stays
-      best[i] = better ? dot[i] : best[i];
-      where[i] = better ? kIota + static_cast<int32_t>(first) : where[i];
-    }
+    for (int64_t j = 0; j < s; ++j, column += padded_k)
+      for (int i = 0; i < kBlockRows; ++i)
+        for (int g = 0; g < kGroup; ++g)
+          dot[i][g] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+    for (int i = 0; i < kBlockRows; ++i)
+      for (int g = 0; g < kGroup; ++g)
+        keep_better(best[i], dot[i][g], kIota + static_cast<int32_t>(first + g * kWidth));
   }
   for (int i = 0; i < kBlockRows; ++i) {
-    const Vec top = swap_fold(best[i], [](Vec a, Vec b) { return a > b ? a : b; });
-    const IntVec candidate = best[i] == top ? where[i] : IntVec{} + INT32_MAX;
-    slot[i] = swap_fold(candidate, [](IntVec a, IntVec b) { return a < b ? a : b; })[0];
+    slot[i] = lowest_of_best(best[i]);
     squared[i] = squared_length(rows[i], s);
   }
 }
@@ -74,7 +116,7 @@ void add(int count, const float *const *rows, const float *scale, int64_t s, flo
     const float *row = rows[i];
     float *out = target[i];
     int64_t j = 0;
-    for (; j + kLanes <= s; j += kLanes)
+    for (; j + kWidth <= s; j += kWidth)
       *reinterpret_cast<LooseVec *>(out + j) += scale[i] * *reinterpret_cast<const LooseVec *>(row + j);
     for (; j < s; ++j) out[j] += scale[i] * row[j];
   }
@@ -92,8 +134,8 @@ uint32_t to_bits(float value) {
   return bits;
 }
 
-// Move exponent and mantissa into place and scale by 2^112, which also makes subnormal numbers right; infinities and
-// NaNs then lie at 2^16 and above and get the full exponent.
+// Move exponent and mantissa into place and scale by 2^112, which also makes subnormal numbers right;
+// infinities and NaNs then lie at 2^16 and above and get the full exponent.
 void widen_float16(const uint16_t *row, int64_t s, float *out) {
   for (int64_t j = 0; j < s; ++j) {
     const uint32_t half = row[j];

@@ -1,12 +1,14 @@
-// The inner loops of ema_scatter, one set for each instruction set (ema_scatter_rows.cpp is compiled several times).
+// The inner loops of ema_scatter, one set for each instruction set (ema_scatter_rows.cpp is compiled several
+// times).
 #pragma once
 
 #include <cstdint>
 
 namespace momkd {
 
-constexpr int kLanes = 16;     // slots side by side in a vector; a class's bank is padded to a multiple of it
-constexpr int kBlockRows = 6;  // rows of one class at a time: 6 × 16 sums fit the registers of AVX2 and of AVX-512
+constexpr int kLanes = 16;  // slots side by side in a vector; a class's bank is padded to a multiple of it
+constexpr int kBlockRows =
+    6;  // rows of one class at a time: 6 × 16 sums fit the registers of AVX2 and of AVX-512
 
 struct EmaRowKernels {
   // For each of kBlockRows rows the nearest slot and the squared length.

@@ -18,7 +18,8 @@ bool available(Isa isa) {
     case Isa::avx512:
 #ifdef MOMKD_HAVE_AVX512
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma");
 #else
       return false;
 #endif
@@ -27,6 +28,9 @@ bool available(Isa isa) {
 }
 
 Isa best() {
+#if defined(MOMKD_HAVE_AVX2) || defined(MOMKD_HAVE_AVX512)
+  __builtin_cpu_init();
+#endif
   if (available(Isa::avx512)) return Isa::avx512;
   return available(Isa::avx2) ? Isa::avx2 : Isa::baseline;
 }

@@ -1,9 +1,8 @@
-#include "cuda/device_probe.cuh"
-
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
 
+#include "cuda/device_probe.cuh"
 #include "cuda/device_probe.h"
 
 namespace momkd {
