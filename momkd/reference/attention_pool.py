@@ -10,9 +10,9 @@ from torch import Tensor
 
 from momkd.reference.segments import (
     accumulate_dtype,
-    softmax_stats,
     segment_softmax,
     softmax_pool_backward,
+    softmax_stats,
     spread_to_rows,
     weighted_sum,
 )

@@ -13,9 +13,9 @@ from torch import Tensor
 from momkd.reference.memory_similarity import memory_similarity, unit_rows, unit_rows_backward
 from momkd.reference.segments import (
     accumulate_dtype,
-    softmax_stats,
     segment_softmax,
     softmax_pool_backward,
+    softmax_stats,
     spread_to_rows,
     weighted_sum,
 )
