@@ -1,0 +1,226 @@
+"""The memory as modules: the bank of prototypes, attention guided by it, and the soft-angle loss against it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from momkd import functional
+from momkd.bags import Bags
+
+UPDATES = ("momentum", "gradient")
+
+
+class MemoryBank(nn.Module):
+    """C classes of K prototypes of length S, where both modalities of a slide meet.
+
+    `momentum`: the memory is a buffer of unit vectors, moved only by `update_` (an exponential moving average) and
+    never by a gradient. `gradient`: it is a parameter that the optimizer steps; its vectors need not be unit.
+
+    Before `fill_` the memory is zero: every cosine is 0, so attention guided by it is the mean of the bag.
+
+    Args:
+        num_classes: C, at least 2.
+        slots: K, prototypes a class.
+        features: S, the length of a prototype.
+        update: "momentum" or "gradient".
+
+    Attributes:
+        memory: (C, K, S) float32, buffer or parameter.
+        usage: (C, K) float32, moving average of the mass that a slot receives an update.
+
+    Raises:
+        ValueError: a size under 1, fewer than two classes, or an unknown `update`.
+
+    Source: MoMKD (arXiv 2602.21395), momentum memory.
+
+    Example:
+        >>> bank = momkd.nn.MemoryBank(2, 4, 8)
+        >>> bank.fill_(torch.randn(100, 8), torch.arange(100) % 2)
+        >>> bank.update_(torch.randn(6, 8), torch.tensor([0, 1, 1, 0, -1, 1]), momentum=0.99)
+        >>> bank.memory.norm(dim=-1).allclose(torch.ones(2, 4))
+        True
+    """
+
+    memory: Tensor
+    usage: Tensor
+
+    def __init__(self, num_classes: int, slots: int = 16, features: int = 64, *, update: str = "momentum") -> None:
+        super().__init__()
+        if num_classes < 2 or slots < 1 or features < 1:
+            raise ValueError(
+                f"MemoryBank: expected num_classes >= 2, slots >= 1, features >= 1, got {num_classes}, {slots}, {features}"
+            )
+        if update not in UPDATES:
+            raise ValueError(f"update: expected {' or '.join(map(repr, UPDATES))}, got {update!r}")
+        self.update = update
+        memory = torch.zeros(num_classes, slots, features)
+        if update == "gradient":
+            self.memory = nn.Parameter(memory)
+        else:
+            self.register_buffer("memory", memory)
+        self.register_buffer("usage", torch.zeros(num_classes, slots))
+
+    @property
+    def num_classes(self) -> int:
+        return self.memory.shape[0]
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether any prototype is set. Waits for the device."""
+        return bool((self.memory != 0).any())
+
+    # -- changing ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fill_(
+        self, rows: Tensor, row_class: Tensor, *, iterations: int = 20, generator: torch.Generator | None = None
+    ) -> None:
+        """Set every prototype by spherical k-means of the rows of its class; usage starts even.
+
+        Args:
+            rows: (N, S) any float dtype.
+            row_class: (N,) int64; −1 skips the row. A class without rows gets random directions.
+            iterations: of Lloyd.
+            generator: of the seeding, on the CPU.
+        """
+        slots = self.memory.shape[1]
+        for c in range(self.num_classes):
+            own = rows[row_class == c].float()
+            self.memory[c] = functional.spherical_kmeans(own, slots, iterations, generator)
+        self.usage.fill_(1.0 / slots)
+
+    @torch.no_grad()
+    def update_(
+        self,
+        rows: Tensor,
+        row_class: Tensor,
+        *,
+        momentum: float,
+        weights: Tensor | None = None,
+        reseed_below: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | None:
+        """Move the memory by momentum; see `momkd.functional.ema_scatter_`. Returns the assignments (N,) int32.
+
+        With `update="gradient"` nothing is moved and None is returned: there the optimizer does it.
+        """
+        if self.update == "gradient":
+            return None
+        return functional.ema_scatter_(
+            self.memory,
+            self.usage,
+            rows,
+            row_class,
+            momentum=momentum,
+            weights=weights,
+            reseed_below=reseed_below,
+            generator=generator,
+        )
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def commitment_loss(self, z: Tensor, row_class: Tensor) -> Tensor:
+        """How far rows lie from the nearest prototype of their own class; no gradient reaches the memory.
+
+        momentum: mean over rows of 1 − cos(z_i, M[y_i, k_i]). gradient: mean over rows and columns of (z_i − q_i)², q_i
+        the prototype nearest by Euclidean distance.
+
+        Args:
+            z: (N, S) any float dtype.
+            row_class: (N,) int64; −1 leaves the row out.
+
+        Returns:
+            A scalar; 0 where no row counts.
+        """
+        memory = self.memory.detach()
+        counted = row_class >= 0
+        own = row_class.clamp_min(0)
+        if self.update == "momentum":
+            similarity, _ = functional.memory_similarity(z, memory)
+            loss = 1 - similarity.gather(1, own[:, None])[:, 0]
+        else:
+            z = z.float()
+            distance = (z * z).sum(1)[:, None, None] - 2 * torch.einsum("ns,cks->nck", z, memory) + (memory**2).sum(2)
+            nearest = distance.gather(1, own[:, None, None].expand(-1, 1, distance.shape[2]))[:, 0].argmin(1)
+            loss = (z - memory[own, nearest]).square().mean(1)
+        return torch.where(counted, loss, torch.zeros_like(loss)).sum() / counted.sum().clamp_min(1)
+
+    def orthogonality_loss(self, row_class: Tensor) -> Tensor:
+        """Mean over labelled rows of 10 · (Σ_ij cos²(e_i, e_j) / K² − 1/K) of the bank of the row's class.
+
+        Keeps the prototypes of a class apart where gradients move them (`update="gradient"`).
+        """
+        unit = nn.functional.normalize(self.memory, dim=-1, eps=1e-12)
+        slots = unit.shape[1]
+        cosines = unit @ unit.transpose(1, 2)  # (C, K, K)
+        each = 10.0 * (cosines.square().sum((1, 2)) / slots**2 - 1.0 / slots)  # (C,)
+        share = torch.zeros_like(each).index_add_(0, row_class.clamp_min(0), (row_class >= 0).to(each.dtype))
+        return (each * share).sum() / share.sum().clamp_min(1)
+
+    def extra_repr(self) -> str:
+        classes, slots, features = self.memory.shape
+        return f"num_classes={classes}, slots={slots}, features={features}, update={self.update!r}"
+
+
+class MemoryGuidedPool(nn.Module):
+    """Attention that follows a memory, with a temperature that is learnt: τ = clamp(exp θ, 0.01, 2).
+
+    Args:
+        temperature: τ at the start.
+        branch: "positive" or "per_class", see `momkd.functional.memory_guided_pool`.
+
+    Source: MoMKD (arXiv 2602.21395), memory-guided attention.
+
+    Example:
+        >>> bags, bank = momkd.Bags.from_list([torch.randn(5, 32)]), momkd.nn.MemoryBank(2, 4, 8)
+        >>> pooled, attention, slots = momkd.nn.MemoryGuidedPool()(torch.randn(5, 8), bags, bank.memory)
+        >>> pooled.shape
+        torch.Size([1, 1, 32])
+    """
+
+    LOWEST, HIGHEST = 0.01, 2.0
+
+    def __init__(self, temperature: float = 0.2, *, branch: str = "positive") -> None:
+        super().__init__()
+        if not self.LOWEST <= temperature <= self.HIGHEST:
+            raise ValueError(f"temperature: expected {self.LOWEST} to {self.HIGHEST}, got {temperature}")
+        self.log_tau = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.branch = branch
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_tau.exp().clamp(self.LOWEST, self.HIGHEST)
+
+    def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (N, S), bags of N rows of width L, memory (C, K, S) -> pooled (B, H, L), attention (N, H), slots (N, C)."""
+        return functional.memory_guided_pool(
+            z, bags.features, memory, bags.offsets, self.temperature, branch=self.branch
+        )
+
+
+class SoftAngleLoss(nn.Module):
+    """`momkd.functional.soft_angle_loss` with its numbers fixed, mean over labelled rows.
+
+    Args:
+        margin: in units of cosine.
+        tau: sharpness of the soft maximum over slots.
+        beta: sharpness of the hinge.
+
+    Example:
+        >>> momkd.nn.SoftAngleLoss()(torch.randn(3, 8), torch.randn(2, 4, 8), torch.tensor([0, 1, -1])).shape
+        torch.Size([])
+    """
+
+    def __init__(self, margin: float = 0.3, tau: float = 5.0, beta: float = 20.0) -> None:
+        super().__init__()
+        self.margin, self.tau, self.beta = margin, tau, beta
+
+    def forward(self, z: Tensor, memory: Tensor, labels: Tensor) -> Tensor:
+        """z (B, S), memory (C, K, S), labels (B,) with −1 for none -> scalar."""
+        return functional.soft_angle_loss(z, memory, labels, margin=self.margin, tau=self.tau, beta=self.beta)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, tau={self.tau}, beta={self.beta}"
