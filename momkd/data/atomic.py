@@ -1,0 +1,113 @@
+"""Files that are either whole or absent: write beside the target, flush to disk, rename.
+
+A reader never sees half a file, and a run that is killed or a disk that fills up leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from momkd.errors import InputError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some of your quota or choose another folder",
+    errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+    errno.ENOENT: "create the folder first",
+    errno.ENOTDIR: "choose a folder, not a file",
+    errno.EISDIR: "give the name of a file, not of a folder",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`; at the end it becomes `path`, or on any exception disappears.
+
+    Args:
+        path: the file to write or replace. A symbolic link is followed: its target is replaced.
+        suffix: ending of the temporary name, for writers that insist on one (".npy").
+
+    Raises:
+        InputError: the folder is missing, read-only or full; the line says what to do.
+
+    Example:
+        >>> with atomic_write("scores.npy", suffix=".npy") as temporary:  # doctest: +SKIP
+        ...     numpy.save(temporary, scores)
+    """
+    shown, target = Path(path), Path(os.path.realpath(path))
+    # Short and hidden, so that no listing of slides takes it for one and a long target name stays within the limit.
+    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.tmp{suffix}"
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        # Unlike mkstemp (mode 0600), so that the umask decides who may read the result.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except Exception as error:
+        number = _disk_errno(error, temporary, target)
+        if number is None:
+            raise
+        remedy = _REMEDIES.get(number, "choose another folder")
+        raise InputError(f"{shown}: cannot write it: {os.strerror(number)}; {remedy}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone after the rename
+            temporary.unlink()
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes `value` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path | str, table: pd.DataFrame, *, index: bool = False) -> None:
+    """Writes a table as CSV, whole or not at all; missing cells are empty."""
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=index, lineterminator="\n")
+
+
+def _disk_errno(error: Exception, temporary: Path, target: Path) -> int | None:
+    """The number of a failure to write here, or None where the error came from elsewhere in the caller's block."""
+    if isinstance(error, OSError):
+        if error.filename is not None and Path(os.fsdecode(error.filename)) not in (temporary, target, target.parent):
+            return None
+        if error.errno is not None:
+            return error.errno
+    # HDF5 and safetensors report a full disk in the text of errors of their own.
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if os.strerror(number) in str(error):
+            return number
+    return errno.EIO if isinstance(error, OSError) else None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself last through a power cut."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

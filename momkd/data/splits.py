@@ -1,0 +1,213 @@
+"""Splits of slides into train, val and test, in CLAM's files; made by case, so that no patient is on two sides."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from momkd.data.atomic import write_csv
+from momkd.data.tables import MISSING, Labels, is_unnamed, read_rows
+from momkd.errors import InputError
+
+PARTS = ("train", "val", "test")
+_FILE = re.compile(r"splits_(\d+)\.csv")
+_FLOAT_ID = re.compile(r"\d+\.0")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One fold: the slide ids of its three parts. `val` and `test` may be empty."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The slides by the name of their part."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+def read_splits(directory: Path | str) -> list[Split]:
+    """Reads splits_0.csv, splits_1.csv, ... of a folder; fold K is item K.
+
+    Each file has the columns train, val and test, of different length. An unnamed index column is ignored, and so is
+    the ".0" that pandas puts behind integer ids when it pads a column.
+
+    Raises:
+        InputError: no such files, a gap in their numbers, missing or unknown columns, a slide twice.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        came = "a file" if folder.exists() else "nothing there"
+        raise InputError(f"{folder}: expected a folder with splits_0.csv, got {came}; make it with momkd splits")
+    files = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))
+    if not files:
+        raise InputError(f"{folder}: expected splits_0.csv, got no such file; make it with momkd splits")
+    for fold, (number, path) in enumerate(files):
+        if number != fold:
+            raise InputError(f"{folder}: expected splits_{fold}.csv, got {path.name} next; number the files from 0")
+    return [_read_split(path) for _, path in files]
+
+
+def check_splits(splits: Sequence[Split], labels: Labels, *, source: str = "splits", leaks: bool = False) -> None:
+    """Checks that all slides are in the table of labels, and that no case is in two parts of a fold.
+
+    Args:
+        leaks: allow a case in two parts. Its results look better than they are.
+
+    Raises:
+        InputError: naming fold, slide or case.
+    """
+    case_of = labels.table["case_id"].to_dict()
+    for fold, split in enumerate(splits):
+        part_of: dict[str, tuple[str, str]] = {}  # case -> part, slide
+        for part, slides in split.parts().items():
+            for slide in slides:
+                if slide not in case_of:
+                    raise InputError(
+                        f"{source}: splits_{fold}.csv: {part}: expected slides of {labels.source}, got {slide!r}; "
+                        f"its ids look like {next(iter(case_of), '')!r}: make them agree"
+                    )
+                other, first = part_of.setdefault(case_of[slide], (part, slide))
+                if other != part and not leaks:
+                    raise InputError(
+                        f"{source}: splits_{fold}.csv: expected each case in one part, got {case_of[slide]!r} in "
+                        f"{other} ({first}) and {part} ({slide}); make splits by case with momkd splits"
+                    )
+
+
+def make_splits(labels: Labels, folds: int = 5, seed: int = 0, val_fraction: float = 0.15) -> list[Split]:
+    """Splits by case, stratified by class.
+
+    Every labelled case is in the test part of exactly one fold, and in one part of each. The classes share out evenly
+    over the folds by cases, then the slides as evenly as that allows. A case whose slides differ in class counts for
+    the rarest of them. Cases with no label at all are in train throughout: they can teach but not be scored.
+
+    Args:
+        folds: 2 or more, or 1 for a single split that tests on a fifth of the cases.
+        val_fraction: share of the cases outside test that go to val, at least one of each class; 0 makes no val.
+
+    Returns:
+        One split a fold; the slides of a part are in the order of the table.
+
+    Raises:
+        InputError: a class has too few cases.
+    """
+    if folds < 1 or not 0 <= val_fraction < 1:
+        raise InputError(
+            f"splits: expected folds >= 1 and 0 <= val_fraction < 1, got {folds} and {val_fraction}; change them"
+        )
+    groups = 5 if folds == 1 else folds
+    by_class = _cases_by_class(labels, groups, with_val=val_fraction > 0)
+    slides_of = Counter(labels.table["case_id"])
+    fold_of = _deal(by_class, slides_of, groups, np.random.default_rng(seed))
+
+    splits = []
+    for fold in range(folds):
+        rng = np.random.default_rng([seed, fold])
+        part_of = {case: "test" for case, group in fold_of.items() if group == fold}
+        for cases in by_class:
+            rest = [case for case in cases if case not in part_of]
+            if val_fraction > 0:
+                count = min(max(1, round(val_fraction * len(rest))), len(rest) - 1)
+                part_of.update((rest[i], "val") for i in rng.permutation(len(rest))[:count])
+        parts = labels.table["case_id"].map(lambda case, where=part_of: where.get(case, "train"))
+        splits.append(Split(*(tuple(labels.table.index[parts == part]) for part in PARTS)))
+    return splits
+
+
+def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
+    """Writes splits_0.csv, ... as CLAM does: an unnamed index, then train, val and test, padded with empty cells.
+
+    Raises:
+        InputError: the folder cannot be written, or holds files of more folds, which would be read along.
+    """
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot make the folder: {error.strerror}; choose another") from error
+    for path in sorted(folder.iterdir()):
+        match = _FILE.fullmatch(path.name)
+        if match and int(match[1]) >= len(splits):
+            raise InputError(
+                f"{folder}: expected no more than {len(splits)} folds, got an older {path.name}; remove it first"
+            )
+    for fold, split in enumerate(splits):
+        table = pd.DataFrame({part: pd.Series(slides, dtype=object) for part, slides in split.parts().items()})
+        write_csv(folder / f"splits_{fold}.csv", table, index=True)
+
+
+def _read_split(path: Path) -> Split:
+    header, rows = read_rows(path)
+    if missing := [part for part in PARTS if part not in header]:
+        raise InputError(f"{path}: expected columns train, val and test, got no {missing[0]!r}; add it")
+    if unknown := [name for name in header if name not in PARTS and not is_unnamed(name)]:
+        raise InputError(f"{path}: expected columns train, val and test, got also {unknown[0]!r}; remove it")
+    for line, cells in rows:
+        if len(cells) > len(header):
+            raise InputError(f"{path}: line {line}: expected at most {len(header)} cells, got {len(cells)}")
+    seen: dict[str, str] = {}  # slide -> part
+    parts = []
+    for part in PARTS:
+        at = header.index(part)
+        cells = [cells[at] if at < len(cells) else "" for _, cells in rows]
+        slides = [cell for cell in cells if cell not in MISSING]
+        # pandas turns integers into floats only where it has to pad, so a full column is taken at its word.
+        if len(slides) < len(cells) and all(_FLOAT_ID.fullmatch(slide) for slide in slides):
+            slides = [slide[:-2] for slide in slides]
+        for slide in slides:
+            if slide in seen:
+                where = f"twice in {part}" if seen[slide] == part else f"in {seen[slide]} and {part}"
+                raise InputError(f"{path}: expected each slide once, got {slide!r} {where}; remove one")
+            seen[slide] = part
+        parts.append(tuple(slides))
+    if not parts[0]:
+        raise InputError(f"{path}: expected slides in train, got none; make it again with momkd splits")
+    return Split(*parts)
+
+
+def _cases_by_class(labels: Labels, groups: int, *, with_val: bool) -> list[list[str]]:
+    """The labelled cases of each class, in the order of the table, once there are enough of them."""
+    labelled = labels.table[labels.table["label"] >= 0]
+    counts = labelled.groupby("label")["case_id"].nunique()
+    # rarest first, so that a case of two classes goes where cases are scarce
+    rank = {label: place for place, label in enumerate(counts.sort_values(kind="stable").index)}
+    rarest = labelled.assign(rank=labelled["label"].map(rank)).sort_values("rank", kind="stable")
+    class_of = rarest.drop_duplicates("case_id").set_index("case_id")["label"].to_dict()
+    by_class: list[list[str]] = [[] for _ in labels.classes]
+    for case in labelled["case_id"].drop_duplicates():
+        by_class[class_of[case]].append(case)
+    for name, cases in zip(labels.classes, by_class, strict=True):
+        left = len(cases) - math.ceil(len(cases) / groups)
+        if len(cases) < groups or left < (2 if with_val else 1):
+            raise InputError(
+                f"{labels.source}: class {name!r}: expected a case for every part of {groups} folds, "
+                f"got {len(cases)} cases; use fewer folds or add cases"
+            )
+    return by_class
+
+
+def _deal(
+    by_class: list[list[str]], slides_of: Mapping[str, int], groups: int, rng: np.random.Generator
+) -> dict[str, int]:
+    """A group for each case: cases of a class in equal numbers, large cases first to where slides are fewest."""
+    fold_of: dict[str, int] = {}
+    total = np.zeros(groups, dtype=np.int64)
+    for cases in by_class:
+        dealt = np.zeros(groups, dtype=np.int64)
+        order = sorted(rng.permutation(len(cases)), key=lambda i: -slides_of[cases[i]])
+        for i in order:
+            luck = rng.permutation(groups)
+            group = int(np.lexsort((luck, total, dealt))[0])
+            fold_of[cases[i]] = group
+            dealt[group] += 1
+            total[group] += slides_of[cases[i]]
+    return fold_of
