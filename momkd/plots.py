@@ -1,0 +1,254 @@
+"""Figures: ROC curves, attention maps, training curves.
+
+Figures are drawn with matplotlib's objects, never through pyplot: nothing global changes, and no display is needed.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart; line styles repeat the distinction.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+from sklearn.metrics import roc_curve
+
+from momkd.bootstrap import Floats
+from momkd.data.atomic import atomic_write
+from momkd.errors import InputError
+from momkd.metrics import evaluate_predictions
+from momkd.predictions import check_predictions
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+_FORMATS = (".png", ".pdf", ".svg")
+_MAX_CELLS = 4_000_000  # of an image of the patch grid; more are drawn square by square
+_GREY = "#666666"
+
+
+def plot_roc(
+    arms: Mapping[str, pd.DataFrame],
+    classes: Sequence[str],
+    path: Path | str,
+    *,
+    part: str = "test",
+    title: str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Path:
+    """ROC curve of each arm: the mean over folds, with the folds as thin lines; macro one-vs-rest for C > 2.
+
+    Args:
+        arms: {name: predictions}, columns as in `evaluate_predictions`.
+        classes: the C class names.
+        path: .png, .pdf or .svg.
+        part: "test" or "external".
+        title: above the figure; by default it names the part.
+        bootstrap, seed: of the intervals in the legend.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: an arm's table is wrong, or no fold of it has every class.
+    """
+    labels = {name: _plain(textwrap.fill(name, 44)) for name in arms}  # long names must not leave the figure
+    lines = sum(label.count("\n") + 1 for label in labels.values())
+    figure, axes = _figure(5.4, 5.6 + 0.2 * lines)
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, zorder=1)
+    grid = np.linspace(0, 1, 501)
+    for i, (name, predictions) in enumerate(arms.items()):
+        curves = _roc_folds(predictions, classes, part, name, grid)  # (folds, 501)
+        auc = evaluate_predictions(predictions, classes, bootstrap=bootstrap, seed=seed, source=name)[part]["auc"]
+        colour = COLOURS[i % len(COLOURS)]
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(grid, curve, color=colour, linewidth=0.8, alpha=0.3, zorder=2)
+        label = f"{labels[name]}: {estimate_text(auc)}"
+        style = STYLES[i % len(STYLES)]
+        axes.plot(grid, curves.mean(axis=0), color=colour, linewidth=2, linestyle=style, label=label, zorder=3)
+    kind = "one against the rest, mean over classes" if len(classes) > 2 else f"positive: {_plain(classes[1])}"
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.set(xlabel="False positive rate", ylabel=f"True positive rate ({kind})")
+    axes.set_title(_plain(title) if title else f"ROC, {part} slides", loc="left")
+    figure.legend(loc="outside lower center", frameon=False, title="AUC, mean over folds (95 % interval)", fontsize=9)
+    return _save(figure, path)
+
+
+def plot_attention(
+    coords: ArrayLike, attention: ArrayLike, path: Path | str, *, patch_size: float, title: str | None = None
+) -> Path:
+    """Attention map: every patch a square coloured by the percentile rank of its attention; no patch, no colour.
+
+    Args:
+        coords: (N, 2) x, y of the upper left corners in level-0 pixels, on a grid or not; N may be 0.
+        attention: (N,) finite.
+        path: .png, .pdf or .svg.
+        patch_size: side of a square in level-0 pixels.
+        title: above the map.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: shapes don't fit, a number is not finite, or patch_size is not positive.
+    """
+    xy, score = np.asarray(coords, dtype=np.float64), np.asarray(attention, dtype=np.float64)
+    if score.ndim != 1 or xy.shape != (score.shape[0], 2):
+        raise InputError(f"attention map: expected coords (N, 2) and attention (N,), got {xy.shape} and {score.shape}")
+    if not (np.isfinite(xy).all() and np.isfinite(score).all() and math.isfinite(patch_size) and patch_size > 0):
+        raise InputError(
+            f"attention map: expected finite numbers and a positive patch_size, got patch_size {patch_size}"
+        )
+    low, high = (xy.min(axis=0), xy.max(axis=0) + patch_size) if len(xy) else (np.zeros(2), np.ones(2))
+    width, height = high - low
+    longest = max(width, height)
+    inches = min(6.0, max(2.8, 0.3 * longest / patch_size)) if len(xy) else 2.8  # a few patches don't fill a page
+    figure, axes = _figure(max(2.8, inches * width / longest) + 1.4, max(2.8, inches * height / longest) + 0.7)
+    axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])  # y grows downwards
+    axes.spines[:].set_visible(False)
+    axes.set_title(_plain(title or "Attention"), loc="left")
+    if len(xy) == 0:
+        axes.text(0.5, 0.5, "no patches", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    else:
+        drawn = _draw_patches(axes, xy, percentile_rank(score), patch_size)
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=24, pad=0.03)
+        bar.set_label("Attention, percentile rank in the slide")
+        bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    return _save(figure, path)
+
+
+def plot_training(log: pd.DataFrame, path: Path | str, *, title: str | None = None) -> Path:
+    """Training curves: every column whose name has "loss" in it above, every column with "auc" below.
+
+    Args:
+        log: a row an epoch: "epoch", losses, "val_auc"; with a column "fold", folds are thin lines under their mean.
+        path: .png, .pdf or .svg.
+        title: above the figure.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: no column "epoch", no loss or AUC column, or no row.
+    """
+    columns = [str(c) for c in log.columns]
+    losses, aucs = ([c for c in columns if word in c.lower()] for word in ("loss", "auc"))
+    if "epoch" not in columns or not losses + aucs or len(log) == 0:
+        raise InputError(f"training log: expected rows with 'epoch' and a loss or AUC column, got {', '.join(columns)}")
+    panels = [(names, label) for names, label in ((losses, "Loss"), (aucs, "Validation AUC")) if names]
+    figure = Figure(figsize=(7.2, 0.6 + 2.7 * len(panels)), dpi=150, layout="constrained")
+    figure.suptitle(_plain(title or "Training"), x=0.01, ha="left")
+    for i, (names, label) in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, i + 1)
+        _draw_curves(axes, log, names, label)
+        if i == len(panels) - 1:
+            axes.set_xlabel("Epoch")
+    return _save(figure, path)
+
+
+def percentile_rank(values: ArrayLike) -> Floats:
+    """(N,) ranks in 0..1: the share of values below each, half of its equals counted; the only one has 0.5."""
+    ranks: Floats = np.asarray(rankdata(values, method="average"), dtype=np.float64)
+    return (ranks - 0.5) / max(1, len(ranks))
+
+
+def estimate_text(value: Mapping[str, float | None] | None, digits: int = 3, sign: bool = False) -> str:
+    """ "0.912 (0.881–0.943)", signed "+0.021 (-0.004 to +0.046)"; a dash for what is undefined.
+
+    Args:
+        value: {"estimate" or "difference", "low", "high"}, or None.
+        digits: after the point.
+        sign: show it, as differences need.
+    """
+    middle = None if value is None else value.get("estimate", value.get("difference"))
+    if value is None or middle is None:
+        return "–"
+    form, between = (f"+.{digits}f", " to ") if sign else (f".{digits}f", "–")
+    low, high = value.get("low"), value.get("high")
+    return f"{middle:{form}}" + ("" if low is None or high is None else f" ({low:{form}}{between}{high:{form}})")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path | str) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise InputError(f"{path}: expected a figure named .png, .pdf or .svg, got {path.suffix or 'no suffix'}")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:], bbox_inches="tight", pad_inches=0.1)
+    return path
+
+
+def _plain(text: str) -> str:
+    """Matplotlib reads $...$ as mathematics; a name is just a name."""
+    return str(text).replace("$", r"\$")
+
+
+def _roc_folds(predictions: pd.DataFrame, classes: Sequence[str], part: str, name: str, grid: Floats) -> Floats:
+    """True positive rate on the grid for each fold that has every class: (folds, grid)."""
+    table = check_predictions(predictions, classes, name)
+    table = table[(table["part"] == part) & (table["label"] >= 0)]
+    scored = range(1, 2) if len(classes) == 2 else range(len(classes))
+    curves = []
+    for _, rows in table.groupby("fold"):
+        if rows["label"].nunique() < len(classes):
+            continue
+        each = [roc_curve(rows["label"] == c, rows[f"prob_{classes[c]}"], drop_intermediate=False) for c in scored]
+        curve = np.mean([np.interp(grid, fpr, tpr) for fpr, tpr, _ in each], axis=0)
+        curves.append(np.concatenate([[0.0], curve[1:]]))  # interp takes the top of the step at 0
+    if not curves:
+        raise InputError(f"{name}: expected a fold whose {part} slides have every class, got none; no ROC curve exists")
+    return np.stack(curves)
+
+
+def _draw_patches(axes: Axes, xy: Floats, rank: Floats, patch_size: float) -> Any:
+    cells = np.rint((xy - xy.min(axis=0)) / patch_size).astype(np.int64)  # (N, 2)
+    on_grid = np.abs(xy - xy.min(axis=0) - cells * patch_size).max() < 1e-3 * patch_size
+    columns, rows = (cells.max(axis=0) + 1).tolist()
+    look: dict[str, Any] = {"cmap": "viridis", "clim": (0, 1)}
+    if on_grid and columns * rows <= _MAX_CELLS and len(np.unique(cells, axis=0)) == len(cells):
+        image = np.full((rows, columns), np.nan)  # NaN is left white
+        image[cells[:, 1], cells[:, 0]] = rank
+        (left, top), (right, bottom) = xy.min(axis=0), xy.max(axis=0) + patch_size
+        return axes.imshow(image, extent=(left, right, bottom, top), interpolation="nearest", **look)
+    order = np.argsort(rank, kind="stable")  # where squares overlap, the highest attention is on top
+    side = max(patch_size, np.ptp(xy, axis=0).max() / 900)  # a nucleus is never less than a pixel
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * side
+    squares: Any = xy[order, None, :] + corners  # (N, 4, 2)
+    return axes.add_collection(PolyCollection(squares, array=rank[order], linewidths=0, rasterized=True, **look))
+
+
+def _draw_curves(axes: Axes, log: pd.DataFrame, names: Sequence[str], label: str) -> None:
+    for i, name in enumerate(names):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        if "fold" in log.columns and log["fold"].nunique() > 1:
+            for _, rows in log.groupby("fold"):
+                axes.plot(rows["epoch"], rows[name], color=colour, linewidth=0.8, alpha=0.3)
+        mean = log.groupby("epoch")[name].mean()
+        mark = "o" if len(mean) == 1 else ""  # a line through one epoch is invisible
+        axes.plot(mean.index, mean, color=colour, linestyle=style, marker=mark, linewidth=1.8, label=_plain(name))
+    values = log[list(names)].to_numpy(np.float64)
+    values = values[np.isfinite(values)]
+    if label == "Loss" and values.size and values.min() > 0 and values.max() > 100 * values.min():
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if log["epoch"].nunique() == 1:
+        axes.set_xlim(log["epoch"].iloc[0] - 1, log["epoch"].iloc[0] + 1)
+    axes.set_ylabel(label)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

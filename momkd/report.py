@@ -1,0 +1,301 @@
+"""Tables for the terminal, and a small report of an experiment: report.md, and index.html in one file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from momkd.bootstrap import METRICS
+from momkd.data.atomic import atomic_write
+from momkd.errors import InputError
+from momkd.plots import estimate_text, plot_attention, plot_roc, plot_training
+
+__all__ = [
+    "ReportFigure",
+    "comparison_table",
+    "estimate_text",
+    "metrics_table",
+    "plot_attention",
+    "plot_roc",
+    "plot_training",
+    "write_report",
+]
+
+_NAMES = dict(zip(METRICS, ("AUC", "AUPRC", "F1", "Balanced accuracy", "Accuracy"), strict=True))
+_PARTS = {
+    "test": "Test, mean over folds",
+    "pooled": "Test, pooled",
+    "external": "External, mean over folds",
+    "external_ensemble": "External, ensemble",
+}
+_IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
+
+
+class ReportFigure(NamedTuple):
+    """A figure of the report: its .png or .svg, the line beneath it, and what it shows for those who don't see it."""
+
+    path: Path
+    caption: str
+    alt: str
+
+
+def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
+    """What `evaluate_predictions` returned, as a table: metrics down, parts across, then the AUC of every fold.
+
+    Args:
+        metrics: the dict of metrics.json.
+        title: above the table.
+    """
+    parts = [part for part in _PARTS if part in metrics]
+    table = Table(title=Text(title), title_justify="left", caption=_caption(metrics), caption_justify="left")
+    table.add_column("Metric", no_wrap=True)
+    for part in parts:
+        table.add_column(_PARTS[part])
+    for metric, name in _NAMES.items():
+        table.add_row(name, *(estimate_text(metrics[part][metric]) for part in parts))
+    table.add_section()
+    keys = {"test": "folds", "external": "external_folds"}
+    folds = {part: {entry["fold"]: entry for entry in metrics.get(key, [])} for part, key in keys.items()}
+    for fold in sorted(folds["test"].keys() | folds["external"].keys()):
+        table.add_row(f"AUC, fold {fold}", *(_fold_auc(folds.get(part, {}), fold) for part in parts))
+    return table
+
+
+def comparison_table(
+    metrics: Mapping[str, Mapping[str, Any]],
+    differences: Mapping[str, Mapping[str, float | None]] | None = None,
+    *,
+    baseline: str | None = None,
+    title: str | None = None,
+) -> Table:
+    """Arms side by side.
+
+    Args:
+        metrics: {arm: the dict of metrics.json}.
+        differences: {arm: `paired_difference` of its test AUC against the baseline}.
+        baseline: name of the arm that the others are compared with; by default the first.
+        title: above the table.
+    """
+    head, body = _comparison(metrics, differences or {}, baseline)
+    table = Table(title=None if title is None else Text(title), title_justify="left", box=box.SIMPLE)
+    table.add_column(head[0], overflow="fold")
+    body = [[row[0], *(cell.replace(" (", "\n").removesuffix(")") for cell in row[1:])] for row in body]
+    for i, name in enumerate(head[1:], start=1):  # the interval stands beneath the estimate and is never broken
+        lines = [line for row in body for line in row[i].split("\n")]
+        table.add_column(Text(name), min_width=max(map(len, lines), default=0))
+    for row in body:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def write_report(
+    folder: Path | str,
+    *,
+    title: str,
+    comparison: Mapping[str, Mapping[str, Any]],
+    note: str | None = None,
+    differences: Mapping[str, Mapping[str, float | None]] | None = None,
+    baseline: str | None = None,
+    paragraphs: Sequence[str] = (),
+    figures: Sequence[ReportFigure] = (),
+) -> Path:
+    """Writes report.md and index.html, which loads nothing from anywhere: images are inside it.
+
+    Args:
+        folder: made if it is missing; figures outside it are copied into it, for report.md.
+        title: of the report.
+        comparison: {arm: the dict of metrics.json}.
+        note: what a reader must know first, such as that the data are simulated; stands under the title.
+        differences, baseline: as in `comparison_table`.
+        paragraphs: plain text between the note and the table.
+        figures: shown in this order.
+
+    Returns:
+        The path of index.html.
+
+    Raises:
+        InputError: a figure is missing or is neither .png nor .svg.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        if figure.path.suffix.lower() not in _IMAGES or not figure.path.is_file():
+            raise InputError(f"{figure.path}: expected a .png or .svg figure for the report, got none; plot it first")
+    head, body = _comparison(comparison, differences or {}, baseline)
+    remarks = [f"{arm}: {remark}" for arm, metrics in comparison.items() for remark in metrics.get("notes", [])]
+    parts = _Content(title, note, list(paragraphs), head, body, _footnote(comparison), remarks)
+    _write(
+        folder / "report.md",
+        _markdown(parts, [(_beside(f.path, folder, i), f) for i, f in enumerate(figures, start=1)]),
+    )
+    _write(folder / "index.html", _html(parts, figures))
+    return folder / "index.html"
+
+
+class _Content(NamedTuple):
+    title: str
+    note: str | None
+    paragraphs: list[str]
+    head: list[str]
+    body: list[list[str]]
+    footnote: str
+    remarks: list[str]
+
+
+def _fold_auc(folds: Mapping[int, dict[str, Any]], fold: int) -> str:
+    if fold not in folds:
+        return ""
+    entry = folds[fold]
+    return estimate_text({"estimate": entry["auc"], "low": entry["auc_low"], "high": entry["auc_high"]})
+
+
+def _caption(metrics: Mapping[str, Any]) -> Text:
+    unlabelled = {part: count for part, count in metrics.get("unlabelled", {}).items() if count}
+    lines = [_footnote({"": metrics}), *metrics.get("notes", [])]
+    lines += [f"{count} {part} rows have no label and are left out" for part, count in unlabelled.items()]
+    return Text("\n".join(line for line in lines if line))
+
+
+def _footnote(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the intervals came about, where all arms agree on it."""
+    told = {(b["samples"], b["level"]) for m in comparison.values() if (b := m.get("bootstrap"))}
+    if len(told) != 1:
+        return ""
+    samples, level = told.pop()
+    return f"In brackets: {100 * level:g} % intervals from {samples} resamples of patients." if samples else ""
+
+
+def _comparison(
+    metrics: Mapping[str, Mapping[str, Any]],
+    differences: Mapping[str, Mapping[str, float | None]],
+    baseline: str | None,
+) -> tuple[list[str], list[list[str]]]:
+    """Column heads and rows; columns that no arm fills are left out."""
+    if unknown := [name for name in (*differences, *([baseline] if baseline else [])) if name not in metrics]:
+        raise InputError(f"comparison: expected one of {', '.join(metrics)}, got {unknown[0]!r}")
+    columns = [("test", "auc", "Test AUC")]
+    if differences:
+        columns.append(("difference", "auc", f"AUC minus that of {baseline or next(iter(metrics))}"))
+    columns += [("test", m, name) for m, name in _NAMES.items() if m in ("auprc", "balanced_accuracy")]
+    columns.append(("external", "auc", "External AUC"))
+    head, cells = ["Arm"], [[name] for name in metrics]
+    for part, metric, name in columns:
+        if part == "difference":
+            texts = [estimate_text(differences.get(arm), sign=True) for arm in metrics]
+        elif any(part in m for m in metrics.values()):
+            texts = [estimate_text(m.get(part, {}).get(metric)) for m in metrics.values()]
+        else:
+            continue
+        head.append(name)
+        cells = [[*row, text] for row, text in zip(cells, texts, strict=True)]
+    return head, cells
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def _beside(path: Path, folder: Path, number: int) -> str:
+    """The figure's path relative to the report; one from elsewhere is copied, numbered because names may repeat."""
+    path, folder = path.resolve(), folder.resolve()
+    if path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    name = f"figure_{number}_{path.name}"
+    with atomic_write(folder / name) as temporary:
+        shutil.copyfile(path, temporary)
+    return name
+
+
+def _markdown(content: _Content, figures: Sequence[tuple[str, ReportFigure]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    blocks = [f"# {_md(content.title)}"]
+    blocks += [f"> **Note:** {_md(content.note)}"] if content.note else []
+    blocks += [_md(text) for text in content.paragraphs]
+    rows = [list(map(_md, content.head)), ["---"] * len(content.head), *(list(map(_md, r)) for r in content.body)]
+    blocks.append("\n".join(map(line, rows)))
+    blocks += [_md(content.footnote)] if content.footnote else []
+    blocks += ["\n".join(f"- {_md(remark)}" for remark in content.remarks)] if content.remarks else []
+    blocks += [f"![{_md(figure.alt)}]({quote(path)})\n\n{_md(figure.caption)}" for path, figure in figures]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _html(content: _Content, figures: Sequence[ReportFigure]) -> str:
+    def cells(tag: str, row: Sequence[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag.split()[0]}>" for cell in row)
+
+    title = html.escape(" ".join(content.title.split()))
+    body = [f"<h1>{title}</h1>"]
+    body += (
+        [f'<p class="note" role="note"><strong>Note:</strong> {html.escape(content.note)}</p>'] if content.note else []
+    )
+    body += [f"<p>{html.escape(text)}</p>" for text in content.paragraphs]
+    rows = "\n".join(f"<tr>{cells('th scope=row', r[:1])}{cells('td', r[1:])}</tr>" for r in content.body)
+    caption = f"<caption>{html.escape(content.footnote)}</caption>" if content.footnote else ""
+    head = f"<thead><tr>{cells('th scope=col', content.head)}</tr></thead>"
+    body.append(f'<div class="wide"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>')
+    if content.remarks:
+        body.append("<ul>" + "".join(f"<li>{html.escape(remark)}</li>" for remark in content.remarks) + "</ul>")
+    body += [_html_figure(figure) for figure in figures]
+    return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
+
+
+def _html_figure(figure: ReportFigure) -> str:
+    data = base64.b64encode(figure.path.read_bytes()).decode("ascii")
+    source = f"data:{_IMAGES[figure.path.suffix.lower()]};base64,{data}"
+    caption = html.escape(figure.caption)
+    return f'<figure><img src="{source}" alt="{html.escape(figure.alt)}"><figcaption>{caption}</figcaption></figure>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { --ink: #1c1c1c; --paper: #ffffff; --line: #d5d5d5; --note: #fff4d6; --edge: #b36b00; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #17181a; --line: #45484d; --note: #3a2e10; --edge: #f0b14a; }
+}
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
+.note { background: var(--note); border-left: 4px solid var(--edge); padding: .75rem 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { caption-side: bottom; text-align: left; padding-top: .5rem; font-size: .875rem; }
+th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+figure { margin: 2rem 0; }
+img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
+figcaption { font-size: .875rem; }
+"""
