@@ -35,6 +35,25 @@ def read_predictions(path: Path | str) -> pd.DataFrame:
         ) from error
 
 
+def prediction_table(
+    labels: pd.DataFrame, slides: Sequence[str], probs: Floats, classes: Sequence[str], *, fold: int, part: str
+) -> pd.DataFrame:
+    """The table of one fold and part.
+
+    Args:
+        labels: index slide_id, columns case_id and label.
+        slides: n slide ids.
+        probs: (n, C), in the order of `slides`.
+        classes: C names.
+        fold, part: of all rows.
+    """
+    table: pd.DataFrame = labels.loc[list(slides), ["case_id", "label"]].reset_index()
+    table["fold"], table["part"] = fold, part
+    for c, name in enumerate(classes):
+        table[f"prob_{name}"] = probs[:, c]
+    return table
+
+
 def check_predictions(predictions: pd.DataFrame, classes: Sequence[str], source: str = "predictions") -> pd.DataFrame:
     """A clean copy of the table (int64 label and fold, text ids, float64 probabilities), index 0..n-1.
 

@@ -186,8 +186,7 @@ def _comparison(
     columns = [("test", "auc", "Test AUC")]
     if differences:
         columns.append(("difference", "auc", f"AUC minus that of {baseline or next(iter(metrics))}"))
-    columns += [("test", m, name) for m, name in _NAMES.items() if m in ("auprc", "balanced_accuracy")]
-    columns.append(("external", "auc", "External AUC"))
+    columns += [("external", "auc", "External AUC"), ("test", "auprc", "Test AUPRC")]
     head, cells = ["Arm"], [[name] for name in metrics]
     for part, metric, name in columns:
         if part == "difference":

@@ -1,0 +1,257 @@
+"""The command line. Exit codes: 0 done, 2 bad input with one clear line, 1 a bug of momkd."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from momkd.errors import BackendError, InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Multiple-instance learning on whole-slide images: train with genomics, predict from the slide alone.",
+)
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False)
+
+Features = Annotated[Path, typer.Option("--features", help="Folder of feature files, one a slide: .h5, .pt or .npy.")]
+SomeFeatures = Annotated[Path | None, typer.Option("--features", help="Folder of feature files, one a slide.")]
+Label = Annotated[str | None, typer.Option("--label", help="Column of the labels.")]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda:1; a GPU where there is one.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out slides that cannot be used, and list them.")]
+
+
+@app.command()
+def train(
+    labels: Annotated[Path, typer.Option("--labels", help="CSV of slide_id, case_id and the label.")],
+    splits: Annotated[Path, typer.Option("--splits", help="Folder of splits_0.csv, ...; see momkd splits.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")],
+    features: SomeFeatures = None,
+    label: Label = None,
+    omics: Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")] = None,
+    fold: Annotated[list[int] | None, typer.Option("--fold", help="Train this split; may be repeated.")] = None,
+    preset: Annotated[
+        str, typer.Option("--preset", help="fast: MoMKD; abmil: slide alone; omics: genes alone.")
+    ] = "fast",
+    config: Annotated[Path | None, typer.Option("--config", help="TOML with options over the preset.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value over it; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was interrupted.")] = False,
+    skip_bad: SkipBad = False,
+    allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow a case in two parts of a split.")] = False,
+    device: Device = None,
+) -> None:
+    """Train a model on every fold, predict its test slides, and evaluate."""
+    from momkd.config import Config, read_config
+    from momkd.experiment import train_run
+    from momkd.progress import ConsoleReporter
+
+    chosen = Config.preset(preset)
+    if config is not None:
+        chosen = read_config(config, base=chosen)
+    chosen = chosen.with_settings(set_ or [])
+    reporter = ConsoleReporter(out_console)
+    with contextlib.closing(reporter):
+        run = train_run(
+            features,
+            labels,
+            splits,
+            out,
+            config=chosen,
+            label=label,
+            omics=omics,
+            folds=fold,
+            resume=resume,
+            skip_bad=skip_bad,
+            leaks=allow_leaks,
+            device=device,
+            reporter=reporter,
+        )
+    _show_metrics(run.folder)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    features: SomeFeatures = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="CSV of an external cohort's labels.")] = None,
+    label: Label = None,
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+) -> None:
+    """Metrics of a run with intervals; with --features and --labels also on an external cohort."""
+    from momkd.evaluate import evaluate_external, evaluate_run
+    from momkd.runs import Run
+
+    opened = Run(run)
+    if (features is None) != (labels is None):
+        raise InputError("evaluate: expected --features and --labels together, got one of them; give both or none")
+    if features is not None and labels is not None:
+        _say_skipped(evaluate_external(opened, features, labels, label=label, skip_bad=skip_bad, device=device))
+    evaluate_run(opened, bootstrap=bootstrap)
+    _show_metrics(run)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    features: Features,
+    out: Annotated[Path, typer.Option("--out", help="CSV to write.")],
+    attention: Annotated[
+        Path | None, typer.Option("--attention", help="Folder for attention and prototypes of each patch, HDF5.")
+    ] = None,
+    fold: Annotated[list[int] | None, typer.Option("--fold", help="Use this fold's model; may be repeated.")] = None,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+) -> None:
+    """Predict slides from their features alone, by the mean of the folds' models."""
+    from momkd.predict import predict_run
+    from momkd.progress import progress_bar
+    from momkd.runs import Run
+
+    with progress_bar(out_console) as bar:
+        task = bar.add_task("predict", total=None)
+        table, skipped = predict_run(
+            Run(run),
+            features,
+            out,
+            attention=attention,
+            folds=fold,
+            skip_bad=skip_bad,
+            device=device,
+            report=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _say_skipped(skipped)
+    counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
+    out_console.print(f"{len(table)} slides predicted ({counts}): {out}", soft_wrap=True)
+    if attention is not None:
+        out_console.print(f"attention of each patch: {attention}", soft_wrap=True)
+
+
+@app.command()
+def splits(
+    labels: Annotated[Path, typer.Argument(help="CSV of slide_id, case_id and the label.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for splits_0.csv, ....")],
+    label: Label = None,
+    folds: Annotated[int, typer.Option("--folds", min=1, help="Folds; 1 is a single split.")] = 5,
+    val: Annotated[
+        float, typer.Option("--val", min=0, max=0.99, help="Share that validates, of what is not test.")
+    ] = 0.15,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Make splits by patient, stratified by class, in CLAM's files."""
+    from momkd.data.splits import make_splits, write_splits
+    from momkd.data.tables import read_labels
+
+    made = make_splits(read_labels(labels, label=label), folds, seed, val)
+    write_splits(out, made)
+    sizes = ", ".join(f"{len(slides)} {part}" for part, slides in made[0].parts().items())
+    out_console.print(f"{len(made)} splits (the first: {sizes} slides): {out}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for cohort, runs and report.")] = Path("demo"),
+    fast: Annotated[bool, typer.Option("--fast", help="Smaller, for a quick look.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Simulate a cohort, train MoMKD and ABMIL, predict without genomics, compare, and write a report."""
+    from momkd.demo import run_demo
+
+    run_demo(out, fast=fast, seed=seed, console=out_console)
+
+
+@app.command()
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say which backend runs each op here, and why the others can't."""
+    import json
+
+    from momkd.doctor import doctor as examine
+
+    report = examine(show=not json_)
+    if json_:
+        print(json.dumps(report.as_dict(), indent=2))
+
+
+def _register_simulate() -> None:
+    """`momkd simulate`: an option a dial of the simulation, so that the dials are written down in one place."""
+    from momkd.simulate.config import SimulationConfig
+
+    def simulate(out: Path, overwrite: bool, **dials: Any) -> None:
+        """Write a simulated cohort in TRIDENT layout, and one from other hospitals."""
+        from momkd.progress import progress_bar
+        from momkd.simulate import simulate
+
+        with progress_bar(out_console) as bar:
+            task = bar.add_task("simulate", total=None)
+            made = simulate(
+                out,
+                SimulationConfig(**dials),
+                overwrite=overwrite,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        out_console.print(f"a simulated cohort (not patients): {made.root}", soft_wrap=True)
+
+    named = inspect.Parameter.KEYWORD_ONLY
+    replace = typer.Option("--overwrite", help="Replace a simulated cohort that is there.")
+    parameters = [
+        inspect.Parameter("out", named, annotation=Annotated[Path, typer.Argument(help="Folder to write.")]),
+        inspect.Parameter("overwrite", named, default=False, annotation=Annotated[bool, replace]),
+    ]
+    kinds = {"int": int, "float": float, "str": str}
+    for dial, (name, default, unit, meaning) in zip(fields(SimulationConfig), SimulationConfig.dials(), strict=True):
+        option = typer.Option(f"--{name.replace('_', '-')}", help=f"{meaning} ({unit})")
+        kind = kinds[str(dial.type)]
+        parameters.append(inspect.Parameter(name, named, default=default, annotation=Annotated[kind, option]))
+    simulate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    simulate.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command()(simulate)
+
+
+def _say_skipped(skipped: dict[str, str]) -> None:
+    for slide, reason in skipped.items():
+        out_console.print(f"[yellow]note[/yellow] skipped {escape(slide)}: {escape(reason)}", soft_wrap=True)
+
+
+def _show_metrics(folder: Path) -> None:
+    import json
+
+    from momkd.report import metrics_table
+
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    out_console.print(metrics_table(metrics, f"Run {folder}"))
+
+
+@contextlib.contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """Errors that a user can mend leave with exit code 2 and one line; an interrupt with 130."""
+    try:
+        yield
+    except (InputError, BackendError) as error:
+        err_console.print(f"[red]momkd: error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        err_console.print("momkd: interrupted")
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """The `momkd` command."""
+    _register_simulate()
+    with _one_clear_line():
+        app(prog_name="momkd")
+
+
+if __name__ == "__main__":
+    main()

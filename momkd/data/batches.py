@@ -1,0 +1,160 @@
+"""Ragged batches of slides: by a budget of patches, balanced over classes, read ahead while the model computes.
+
+The order of an epoch follows from (seed, epoch) alone, whatever was read before: a resumed run sees the same batches.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from momkd.bags import Bags
+from momkd.errors import InputError
+
+_AHEAD = 2  # batches read while one is in use
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B slides: bags, labels (B,) int64 with −1 for none; profiles (B, G) and has_omics (B,) bool, or None."""
+
+    slide_ids: tuple[str, ...]
+    bags: Bags
+    labels: Tensor
+    omics: Tensor | None = None
+    has_omics: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """On `device`; from pinned memory without waiting."""
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.omics, self.has_omics))
+        bags, labels = self.bags.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        return Batch(self.slide_ids, bags, labels, *moved)
+
+
+@dataclass(eq=False)
+class BagLoader:
+    """Reads slides and joins them into batches.
+
+    Args:
+        slide_ids: n slides.
+        labels: (n,) int64, −1 for none.
+        sizes: patches of each slide by id.
+        read: features (N, L) of a slide; what it raises ends the epoch, unless `skipped` is given.
+        omics: (n, G) float32, NaN rows for slides without a profile; None for no genomics at all.
+        slides_per_step: B at most.
+        patch_budget: patches of a batch at most; a larger slide is a batch of its own.
+        max_patches: of a slide in `training` batches, drawn anew each time; 0 takes all.
+        cache_bytes: features kept in memory between epochs.
+        pin: page-locked batches, for a GPU.
+        skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
+    """
+
+    slide_ids: Sequence[str]
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]]
+    sizes: Mapping[str, int]
+    read: Callable[[str], Tensor]
+    omics: np.ndarray[tuple[int, int], np.dtype[np.float32]] | None = None
+    slides_per_step: int = 16
+    patch_budget: int = 200_000
+    max_patches: int = 0
+    cache_bytes: int = 0
+    pin: bool = False
+    skipped: dict[str, str] | None = None
+    _cache: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
+
+    def training(self, seed: int, epoch: int, *, balanced: bool = True) -> list[list[int]]:
+        """The batches of an epoch as rows of `slide_ids`.
+
+        `balanced`: n draws with replacement that make the labelled classes equally frequent. Else every slide once.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        if balanced:
+            order = rng.choice(len(self.slide_ids), len(self.slide_ids), p=class_balance(self.labels))
+        else:
+            order = rng.permutation(len(self.slide_ids))
+        return self._packed(order.tolist(), self.max_patches)
+
+    def once(self) -> list[list[int]]:
+        """Every slide once, in order, for prediction."""
+        return self._packed(list(range(len(self.slide_ids))), 0)
+
+    def batches(self, plan: Sequence[Sequence[int]], *, seed: Sequence[int] | None = None) -> Iterator[Batch]:
+        """The batches of a plan, read ahead by a thread. `seed` is of the subsampling; None takes all patches."""
+        with ThreadPoolExecutor(1, "momkd-read") as pool:
+            waiting: deque[Future[Batch | None]] = deque()
+            for number, rows in enumerate(plan):
+                rng = None if seed is None else np.random.default_rng([*seed, number])
+                waiting.append(pool.submit(self._batch, rows, rng))
+                if len(waiting) > _AHEAD and (batch := waiting.popleft().result()) is not None:
+                    yield batch
+            while waiting:
+                if (batch := waiting.popleft().result()) is not None:
+                    yield batch
+
+    def _packed(self, order: Sequence[int], most: int) -> list[list[int]]:
+        plan: list[list[int]] = []
+        patches = 0
+        for row in order:
+            size = self.sizes[self.slide_ids[row]]
+            size = min(size, most) if most else size
+            full = not plan or len(plan[-1]) >= self.slides_per_step or patches + size > self.patch_budget
+            if full:
+                plan.append([])
+                patches = 0
+            plan[-1].append(row)
+            patches += size
+        return plan
+
+    def _batch(self, rows: Sequence[int], rng: np.random.Generator | None) -> Batch | None:
+        features, kept = [], []
+        for row in rows:
+            slide = self.slide_ids[row]
+            try:
+                x = self._features(slide)
+            except InputError as error:
+                if self.skipped is None:
+                    raise
+                self.skipped[slide] = str(error)
+                continue
+            if rng is not None and self.max_patches and len(x) > self.max_patches:
+                drawn = rng.choice(len(x), self.max_patches, replace=False)
+                x = x[torch.from_numpy(np.sort(drawn))]
+            features.append(x)
+            kept.append(row)
+        if not kept:
+            return None
+        omics = has_omics = None
+        if self.omics is not None:
+            profiles = torch.from_numpy(self.omics[kept])
+            has_omics = ~profiles.isnan().any(1)
+            omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
+        bags, labels = Bags.from_list(features), torch.from_numpy(self.labels[kept])
+        if self.pin:
+            bags, labels = bags.pin_memory(), labels.pin_memory()
+        return Batch(tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
+
+    def _features(self, slide: str) -> Tensor:
+        if slide in self._cache:
+            return self._cache[slide]
+        x = self.read(slide)
+        if self._held + x.nbytes <= self.cache_bytes:
+            self._cache[slide] = x
+            self._held += x.nbytes
+        return x
+
+
+def class_balance(labels: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Probability of drawing each slide: classes share equally what the unlabelled slides' own share leaves."""
+    counts = np.bincount(labels[labels >= 0])
+    share = (labels >= 0).sum() / max(1, (counts > 0).sum())  # slides that each class stands for
+    weight = np.ones(len(labels))
+    weight[labels >= 0] = share / counts[labels[labels >= 0]]
+    balanced: np.ndarray[tuple[int], np.dtype[np.float64]] = weight / weight.sum()
+    return balanced

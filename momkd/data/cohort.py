@@ -1,0 +1,102 @@
+"""A cohort: the feature files of slides, checked by their headers before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from momkd.data.slides import find_slides, read_slide, slide_header
+from momkd.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Slides of one encoder, that exist, have patches and are equally wide.
+
+    Attributes:
+        paths: feature file by slide id, in the order asked for.
+        sizes: number of patches by slide id.
+        width: L, of every slide.
+        dtype: torch.float16 where every file stores it, else torch.float32.
+        skipped: slides left out by `skip_bad`, and why. Reading may add to it.
+    """
+
+    paths: Mapping[str, Path]
+    sizes: Mapping[str, int]
+    width: int
+    dtype: torch.dtype
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, slide_id: str) -> Tensor:
+        """Features (N, L) of a slide in the type of the cohort; raises InputError as `read_slide` does."""
+        slide = read_slide(self.paths[slide_id], width=self.width, with_coords=False)
+        return torch.from_numpy(slide.features).to(self.dtype)
+
+
+def open_cohort(
+    features: Path | str,
+    slide_ids: Iterable[str] | None = None,
+    *,
+    width: int | None = None,
+    skip_bad: bool = False,
+    source: str = "labels",
+) -> Cohort:
+    """The feature files of a folder, or of some slides of it.
+
+    Args:
+        features: folder of feature files, one a slide.
+        slide_ids: slides that are wanted; None takes all of the folder.
+        width: L that is expected, for instance by a trained model; None takes that of most slides.
+        skip_bad: leave out slides that are missing, empty, unreadable or of another width, and list them in `skipped`.
+        source: where `slide_ids` come from, for messages.
+
+    Raises:
+        InputError: the first bad slide and how many there are; or no slide is left.
+    """
+    found = find_slides(features)
+    wanted = list(found) if slide_ids is None else list(slide_ids)
+    bad: dict[str, str] = {}
+    headers: dict[str, tuple[int, int, str]] = {}
+    for slide in wanted:
+        if slide not in found:
+            example = next(iter(found))
+            bad[slide] = (
+                f"{features}: expected a feature file of slide {slide!r} of {source}, got none (files are named "
+            )
+            bad[slide] += f"like {example!r}); extract its features or make the ids agree"
+            continue
+        try:
+            headers[slide] = slide_header(found[slide])
+        except InputError as error:
+            bad[slide] = str(error)
+            continue
+        if headers[slide][0] == 0:
+            bad[slide] = f"{found[slide]}: expected patches, got none (an empty slide); segment its tissue again"
+    wide = [length for n, length, _ in headers.values() if n > 0]
+    width = width or (max(set(wide), key=wide.count) if wide else 0)
+    for slide, (n, length, _) in headers.items():
+        if n > 0 and length != width:
+            bad[slide] = (
+                f"{found[slide]}: features: expected width {width}, got {length}; "
+                "all slides need features of one encoder"
+            )
+    good = [slide for slide in wanted if slide not in bad]
+    if bad and not (skip_bad and good):
+        first = next(slide for slide in wanted if slide in bad)
+        more = f" ({len(bad)} of {len(wanted)} slides are bad; --skip-bad leaves them out)" if good else ""
+        raise InputError(bad[first] + more)
+    half = all(headers[slide][2] == "float16" for slide in good)
+    return Cohort(
+        {slide: found[slide] for slide in good},
+        {slide: headers[slide][0] for slide in good},
+        width,
+        torch.float16 if half else torch.float32,
+        {slide: bad[slide] for slide in wanted if slide in bad},
+    )

@@ -1,0 +1,96 @@
+"""Scores of a run, from its predictions, and of its models on an external cohort: `momkd evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from momkd.data.atomic import write_csv, write_json
+from momkd.data.batches import BagLoader
+from momkd.data.cohort import open_cohort
+from momkd.data.tables import read_labels, read_rows
+from momkd.errors import InputError
+from momkd.inference import pick_device, probabilities
+from momkd.metrics import evaluate_predictions
+from momkd.plots import plot_roc, plot_training
+from momkd.predictions import prediction_table, read_predictions
+from momkd.runs import EXTERNAL, PREDICTIONS, Run
+
+
+def evaluate_run(run: Run, *, bootstrap: int = 1000) -> dict[str, Any]:
+    """Metrics of all predictions in the run's folder; writes metrics.json, roc.png and training.png.
+
+    Returns:
+        What `momkd.metrics.evaluate_predictions` returns.
+
+    Raises:
+        InputError: the run has no predictions, because training has not ended.
+    """
+    path = run.folder / PREDICTIONS
+    if not path.is_file():
+        raise InputError(f"{run.folder}: expected predictions.csv, got none; training has not ended: train --resume")
+    table = read_predictions(path)
+    if (run.folder / EXTERNAL).is_file():
+        table = pd.concat([table, read_predictions(run.folder / EXTERNAL)], ignore_index=True)
+    metrics = evaluate_predictions(table, run.info.classes, bootstrap=bootstrap, source=str(path))
+    write_json(run.folder / "metrics.json", metrics)
+    name = run.folder.resolve().name
+    if any(fold["auc"] is not None for fold in metrics.get("folds", [])):
+        plot_roc({name: table}, run.info.classes, run.folder / "roc.png", bootstrap=bootstrap)
+    logs = [
+        pd.read_csv(log).assign(fold=fold) for fold in run.info.folds if (log := run.fold(fold) / "log.csv").is_file()
+    ]
+    if logs:
+        plot_training(pd.concat(logs, ignore_index=True), run.folder / "training.png", title=f"Training, {name}")
+    return metrics
+
+
+def evaluate_external(
+    run: Run,
+    features: Path | str,
+    labels: Path | str,
+    *,
+    label: str | None = None,
+    skip_bad: bool = False,
+    device: str | None = None,
+) -> dict[str, str]:
+    """Predicts another cohort with the model of every fold and writes predictions_external.csv into the run.
+
+    Args:
+        run: a finished run.
+        features, labels: as for training; only slides with a row in the table of labels are predicted.
+        label: column of the labels; None takes that of the run where the table has it.
+        skip_bad: leave out slides that cannot be used.
+        device: as for training.
+
+    Returns:
+        The slides that were skipped, and why.
+    """
+    header, _ = read_rows(Path(labels))
+    column = label or (run.info.label if run.info.label in header else None)
+    table = read_labels(labels, label=column, classes=run.info.classes)
+    cohort = open_cohort(
+        features, table.table.index, width=run.info.in_features, skip_bad=skip_bad, source=table.source
+    )
+    slides, where = list(cohort.paths), pick_device(device)
+    options = run.config.train
+    loader = BagLoader(
+        slides,
+        table.table.loc[slides, "label"].to_numpy(np.int64),
+        cohort.sizes,
+        cohort.read,
+        slides_per_step=options.slides_per_step,
+        patch_budget=options.patch_budget,
+        cache_bytes=int(options.cache_gb * 1e9),
+        pin=where.type == "cuda",
+        skipped=cohort.skipped if skip_bad else None,
+    )
+    parts = []
+    for fold in run.info.folds:
+        read, probs, _ = probabilities(run.load_model(fold, where), loader, where, amp=options.amp)
+        parts.append(prediction_table(table.table, read, probs, run.info.classes, fold=fold, part="external"))
+    write_csv(run.folder / EXTERNAL, pd.concat(parts, ignore_index=True))
+    return cohort.skipped

@@ -1,0 +1,307 @@
+"""From files to a trained, evaluated run: `momkd train`.
+
+Everything that can be wrong with the input is looked at before the first epoch. What is fitted, the choice of genes and
+their scaling too, is fitted inside the training part of each fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from momkd.config import Config
+from momkd.data.atomic import write_csv, write_json
+from momkd.data.batches import BagLoader
+from momkd.data.cohort import Cohort, open_cohort
+from momkd.data.genes import OmicsTransform
+from momkd.data.omics import Omics, read_omics
+from momkd.data.splits import Split, check_splits, read_splits
+from momkd.data.tables import Labels, read_labels
+from momkd.errors import InputError
+from momkd.evaluate import evaluate_run
+from momkd.inference import pick_device, probabilities
+from momkd.predictions import prediction_table, read_predictions
+from momkd.runs import PREDICTIONS, Run, RunInfo, build_model
+from momkd.train import Progress, Trainer
+
+
+class Reporter:
+    """Told how a run goes. This one keeps silent; the command line shows a progress bar."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know, in one line."""
+
+    def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None: ...
+
+    def progress(self, progress: Progress) -> None: ...
+
+    def fold_ends(self, fold: int, log: pd.DataFrame) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Read and checked: what a run learns from. `cohort` is None where the genomics are alone."""
+
+    labels: Labels
+    splits: list[Split]
+    cohort: Cohort | None
+    omics: Omics | None
+
+
+def read_inputs(
+    features: Path | str | None,
+    labels: Path | str,
+    splits: Path | str,
+    *,
+    config: Config,
+    label: str | None = None,
+    omics: Path | str | None = None,
+    skip_bad: bool = False,
+    leaks: bool = False,
+    reporter: Reporter | None = None,
+) -> Inputs:
+    """Reads labels, splits and omics, and the headers of all feature files; see `train_run` for the arguments."""
+    reporter = reporter or Reporter()
+    alone = config.model.kind == "omics"
+    if alone and omics is None:
+        raise InputError("omics: expected a table of profiles for model.kind=omics, got none; give --omics")
+    if not alone and features is None:
+        raise InputError("features: expected a folder of feature files, got none; give --features")
+    table = read_labels(labels, label=label)
+    folds = read_splits(splits)
+    check_splits(folds, table, source=str(splits), leaks=leaks)
+    used = {slide for split in folds for part in split.parts().values() for slide in part}
+    slides = [slide for slide in table.table.index if slide in used]
+    profiles = None
+    if omics is not None and config.model.kind != "abmil":
+        profiles = read_omics(omics)
+        cases = table.table.loc[slides, "case_id"].unique()
+        without = [case for case in cases if case not in profiles.table.index]
+        if len(without) == len(cases):
+            raise InputError(
+                f"{profiles.source}: expected profiles of the {len(cases)} cases of {table.source}, got none: they are "
+                f"named like {str(profiles.table.index[0])!r} here and {str(cases[0])!r} there; make the ids agree"
+            )
+        if without:
+            what = "left out" if alone else "their slides train without genomics"
+            reporter.note(f"{profiles.source}: {len(without)} of {len(cases)} cases have no profile; {what}")
+    elif omics is not None:
+        reporter.note(f"{omics}: not read, model.kind=abmil learns from slides alone")
+    cohort = None
+    if not alone:
+        assert features is not None
+        cohort = open_cohort(features, slides, skip_bad=skip_bad, source=table.source)
+        for slide, reason in cohort.skipped.items():
+            reporter.note(f"skipped {slide}: {reason}")
+    return Inputs(table, folds, cohort, profiles)
+
+
+def train_run(
+    features: Path | str | None,
+    labels: Path | str,
+    splits: Path | str,
+    out: Path | str,
+    *,
+    config: Config,
+    label: str | None = None,
+    omics: Path | str | None = None,
+    folds: Sequence[int] | None = None,
+    resume: bool = False,
+    skip_bad: bool = False,
+    leaks: bool = False,
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> Run:
+    """Trains a model a fold, predicts their validation and test slides and evaluates them; returns the run.
+
+    Args:
+        features: folder of feature files, one a slide; None for model.kind="omics".
+        labels: CSV of slide_id, case_id and the label.
+        splits: folder of splits_0.csv, ....
+        out: folder of the run; it must not hold one yet, unless `resume`.
+        config: everything else.
+        label: column of the labels.
+        omics: table of cases × genes.
+        folds: numbers of the splits to train; None takes all.
+        resume: go on where a run in `out` was interrupted; finished folds are kept.
+        skip_bad: leave out slides that cannot be used, and list them, instead of ending.
+        leaks: allow a case in two parts of a split.
+        device: such as "cuda:1"; None takes a GPU where there is one.
+        reporter: told how it goes.
+
+    Raises:
+        InputError: anything wrong with the input, in one line.
+    """
+    reporter = reporter or Reporter()
+    inputs = read_inputs(
+        features,
+        labels,
+        splits,
+        config=config,
+        label=label,
+        omics=omics,
+        skip_bad=skip_bad,
+        leaks=leaks,
+        reporter=reporter,
+    )
+    chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
+    if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
+        raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
+    names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
+    info = RunInfo(
+        classes=list(inputs.labels.classes),
+        label=inputs.labels.name,
+        in_features=inputs.cohort.width if inputs.cohort is not None else 0,
+        folds=chosen,
+        num_splits=len(inputs.splits),
+        data={name: None if path is None else str(path) for name, path in names.items()},
+        versions={name: version(name) for name in ("momkd", "torch", "numpy", "scikit-learn")},
+        skipped=dict(inputs.cohort.skipped) if inputs.cohort is not None else {},
+    )
+    run = _open_run(Path(out), config, info, resume)
+    for fold in chosen:
+        if not run.finished(fold):
+            _train_fold(run, inputs, fold, pick_device(device), skip_bad, reporter)
+    tables = [read_predictions(run.fold(fold) / PREDICTIONS) for fold in chosen]
+    write_csv(run.folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
+    evaluate_run(run)
+    return run
+
+
+def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
+    there = (out / "run.json").is_file()
+    if not there:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out}: expected a new folder, got one with other files; choose another --out")
+        return Run.create(out, config, info)
+    if not resume:
+        raise InputError(f"{out}: expected a new folder, got a run; go on with --resume or choose another --out")
+    run = Run(out)
+    if run.config != config:
+        differing = [
+            line for line in config.to_toml().splitlines() if line not in set(run.config.to_toml().splitlines())
+        ]
+        raise InputError(
+            f"{out}: expected the configuration of its config.toml, got {differing[0].split('  #')[0]!r}; "
+            "resume with the same settings or choose another --out"
+        )
+    if run.info.classes != info.classes or run.info.in_features != info.in_features:
+        raise InputError(
+            f"{out}: expected classes {run.info.classes} and width {run.info.in_features} as when it began, got "
+            f"{info.classes} and {info.in_features}; resume with the same data or choose another --out"
+        )
+    return Run.create(out, config, info)
+
+
+def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_bad: bool, reporter: Reporter) -> None:
+    config, folder, split = run.config, run.fold(fold), inputs.splits[fold]
+    folder.mkdir(exist_ok=True)
+    transform = _fit_genes(inputs, split, config)
+    skipped: dict[str, str] | None = {} if skip_bad else None
+    loaders = {
+        part: _loader(inputs, slides, transform, config, device, skipped) for part, slides in split.parts().items()
+    }
+    if len(loaders["train"].slide_ids) == 0:
+        raise InputError(f"splits_{fold}.csv: expected slides in train, got none that can be used; see the notes")
+    genes = None if transform is None else len(transform.genes)
+    if transform is not None:
+        write_json(folder / "genes.json", transform.to_dict())
+    torch.manual_seed(config.train.seed)
+    alone = config.model.kind == "omics"
+    width = genes if alone and genes is not None else run.info.in_features
+    model = build_model(config, width, run.num_classes, None if alone else genes)
+    reporter.fold_begins(fold, len(run.info.folds), {part: len(x.slide_ids) for part, x in loaders.items()})
+    trainer = Trainer(
+        model, config, loaders["train"], loaders["val"], device=device, folder=folder, report=reporter.progress
+    )
+    model = trainer.run()
+    tables = []
+    for part in ("val", "test"):
+        if len(loaders[part].slide_ids):
+            slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
+            table = prediction_table(inputs.labels.table, slides, probs, run.info.classes, fold=fold, part=part)
+            tables.append(table)
+    for slide, reason in (skipped or {}).items():
+        reporter.note(f"skipped {slide}: {reason}")
+    if not tables:
+        raise InputError(f"splits_{fold}.csv: expected slides in val or test to score, got none; make splits again")
+    write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
+    (folder / "state.pt").unlink(missing_ok=True)
+    reporter.fold_ends(fold, pd.DataFrame(trainer.log))
+
+
+def _fit_genes(inputs: Inputs, split: Split, config: Config) -> OmicsTransform | None:
+    """Genes chosen and scaled on the cases of the training part that have a profile."""
+    if inputs.omics is None:
+        return None
+    rows = inputs.labels.table.loc[list(split.train)].drop_duplicates("case_id")
+    rows = rows[rows["case_id"].isin(inputs.omics.table.index)]
+    if len(rows) == 0:
+        raise InputError(f"{inputs.omics.source}: expected profiles of training cases, got none; check the splits")
+    options = config.omics
+    log: str | bool = {"yes": True, "no": False}.get(options.log, "auto")
+    table = inputs.omics.table.loc[rows["case_id"]]
+    return OmicsTransform.fit(
+        table,
+        rows["label"].to_numpy(np.int64),
+        genes=options.genes,
+        select=options.select,
+        log=log,
+        clip=options.clip,
+        seed=config.train.seed,
+    )
+
+
+def _loader(
+    inputs: Inputs,
+    slides: Sequence[str],
+    transform: OmicsTransform | None,
+    config: Config,
+    device: torch.device,
+    skipped: dict[str, str] | None,
+) -> BagLoader:
+    options, table, cohort = config.train, inputs.labels.table, inputs.cohort
+    profiles = None if transform is None else _profiles(inputs, slides, transform)
+    read: Callable[[str], Tensor]
+    sizes: Mapping[str, int]
+    if cohort is not None:
+        usable = [slide in cohort.paths for slide in slides]
+        read, sizes = cohort.read, cohort.sizes
+    else:  # the profile is the only row of its bag
+        assert profiles is not None
+        usable = np.isfinite(profiles).all(axis=1).tolist()
+        rows = {slide: torch.from_numpy(profile)[None] for slide, profile in zip(slides, profiles, strict=True)}
+        read, sizes = rows.__getitem__, dict.fromkeys(slides, 1)
+    kept = [slide for slide, use in zip(slides, usable, strict=True) if use]
+    return BagLoader(
+        kept,
+        table.loc[kept, "label"].to_numpy(np.int64),
+        sizes,
+        read,
+        None if profiles is None or cohort is None else profiles[usable],
+        slides_per_step=options.slides_per_step,
+        patch_budget=options.patch_budget,
+        max_patches=options.max_patches,
+        cache_bytes=int(options.cache_gb * 1e9),
+        pin=device.type == "cuda",
+        skipped=skipped,
+    )
+
+
+def _profiles(inputs: Inputs, slides: Sequence[str], transform: OmicsTransform) -> NDArray[np.float32]:
+    """(n, G) scaled profiles of the slides' cases; a row of NaN where a case has none."""
+    assert inputs.omics is not None
+    cases = inputs.labels.table.loc[list(slides), "case_id"].to_numpy(object)
+    has = np.array([case in inputs.omics.table.index for case in cases], dtype=bool)
+    profiles = np.full((len(slides), len(transform.genes)), np.nan, np.float32)
+    if has.any():
+        profiles[has] = transform(inputs.omics.table.loc[cases[has]])
+    return profiles

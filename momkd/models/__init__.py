@@ -1,0 +1,8 @@
+"""Assembled models: MoMKD, the WSI-only baseline and the genomics-only teacher, trained by the same loop."""
+
+from momkd.models.abmil import ABMIL
+from momkd.models.base import MemoryRows, MILModel, Prediction, TrainingStep
+from momkd.models.momkd import MoMKD
+from momkd.models.omics import OmicsClassifier
+
+__all__ = ["ABMIL", "MILModel", "MemoryRows", "MoMKD", "OmicsClassifier", "Prediction", "TrainingStep"]

@@ -1,0 +1,72 @@
+"""ABMIL: the slide alone, by gated attention. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from momkd.bags import Bags
+from momkd.models.base import (
+    MILModel,
+    Prediction,
+    SlideClassifier,
+    TrainingStep,
+    attention_of,
+    classification_loss,
+    encode,
+    make_encoder,
+)
+from momkd.nn import GatedAttentionPool
+
+
+class ABMIL(MILModel):
+    """Patch encoder, gated attention pooling, classifier.
+
+    Args:
+        in_features: L, width of the patch features.
+        num_classes: C.
+        encoder: "mlp" or "identity".
+        hidden_features: D, width of an encoded patch (of "identity" it is L).
+        gate_features: width of the gate.
+        branch: "positive", one attention; "per_class", one a class.
+        dropout: in the classifier.
+
+    Source: Ilse, Tomczak and Welling, ICML 2018.
+
+    Example:
+        >>> model = momkd.models.ABMIL(32)
+        >>> model(momkd.Bags.from_list([torch.randn(70, 32), torch.randn(500, 32)])).logits.shape
+        torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int = 2,
+        *,
+        encoder: str = "mlp",
+        hidden_features: int = 512,
+        gate_features: int = 256,
+        branch: str = "positive",
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.encoder, width = make_encoder(encoder, in_features, hidden_features)
+        heads = num_classes if branch == "per_class" else 1
+        self.pool = GatedAttentionPool(width, gate_features, heads)
+        self.classifier = SlideClassifier(width, num_classes, dropout)
+
+    def _logits_and_scores(self, bags: Bags) -> tuple[Tensor, Tensor]:
+        encoded = encode(self.encoder, bags, self.in_features, self.pool.attention_v.weight)
+        pooled, scores = self.pool.pool_with_scores(encoded)
+        return self.classifier(pooled), scores
+
+    def training_step(
+        self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
+    ) -> TrainingStep:
+        logits, _ = self._logits_and_scores(bags)
+        return TrainingStep({"classification": classification_loss(logits, labels)}, logits)
+
+    def forward(self, bags: Bags) -> Prediction:
+        logits, scores = self._logits_and_scores(bags)
+        return Prediction(logits, attention_of(scores, bags.offsets))

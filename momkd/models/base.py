@@ -1,0 +1,138 @@
+"""What the training loop and prediction ask of a model, and the parts that the models share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from momkd.bags import Bags
+from momkd.nn import MemoryBank
+from momkd.reference.segments import segment_softmax, softmax_stats
+
+ENCODERS = ("mlp", "identity")
+POOLINGS = ("memory", "gated")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of B slides with N patches in all.
+
+    Attributes:
+        logits: (B, C).
+        attention: (N, H), summing to one over the patches of each slide and head.
+        slots: (N, C) int32, the nearest prototype of each class to each patch; None for a model without memory.
+    """
+
+    logits: Tensor
+    attention: Tensor
+    slots: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """What a step would scatter into the memory: rows (R, S), their classes (R,) int64 (−1: none) and masses (R,)."""
+
+    rows: Tensor
+    row_class: Tensor
+    weights: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[MemoryRows]) -> MemoryRows:
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "row_class", "weights")))
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The terms of the loss by name, each a scalar without weight; the logits; and rows for the memory, if any."""
+
+    losses: dict[str, Tensor]
+    logits: Tensor  # (B, C)
+    memory_rows: MemoryRows | None = None
+
+
+class MILModel(nn.Module):
+    """A slide model that the training loop can train.
+
+    `forward(bags)` is inference and needs the slide alone. `training_step` gives the terms of the loss, and what to
+    scatter into `memory` once the optimizer has stepped.
+    """
+
+    memory: MemoryBank | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = None
+
+    def training_step(
+        self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
+    ) -> TrainingStep:
+        """Bags of B slides, labels (B,) int64 with −1 for none, omics (B, G), has_omics (B,) bool (None: all)."""
+        raise NotImplementedError
+
+    def forward(self, bags: Bags) -> Prediction:
+        """Bags of B slides -> logits, attention and slots."""
+        raise NotImplementedError
+
+
+def make_encoder(kind: str, in_features: int, hidden_features: int) -> tuple[nn.Module, int]:
+    """The patch encoder and the width that it gives."""
+    if kind == "mlp":
+        layers = nn.Linear(in_features, hidden_features), nn.LayerNorm(hidden_features), nn.GELU()
+        return nn.Sequential(*layers), hidden_features
+    if kind == "identity":
+        return nn.Identity(), in_features
+    raise ValueError(f"encoder: expected {' or '.join(map(repr, ENCODERS))}, got {kind!r}")
+
+
+def encode(encoder: nn.Module, bags: Bags, in_features: int, like: Tensor) -> Bags:
+    """The bags after the patch encoder; features of any float type are computed in that of the parameters."""
+    if bags.features.shape[1] != in_features:
+        raise ValueError(
+            f"bags: expected features of width {in_features}, got {bags.features.shape[1]}; a model takes the features "
+            "of the encoder it was trained with"
+        )
+    return bags.with_features(encoder(bags.features.to(like.dtype)))
+
+
+class SlideClassifier(nn.Module):
+    """LayerNorm → Linear(D→128) → ReLU → Dropout → Linear on the pooled vector of each class's branch, or the one.
+
+    With one branch (H = 1) the last layer gives C logits. With a branch a class, class c's logit is read from the
+    vector that its own branch pooled.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, dropout: float = 0.5, hidden_features: int = 128) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(in_features),
+            nn.Linear(in_features, hidden_features),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_features, num_classes),
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (B, 1, D) or (B, C, D) -> logits (B, C)."""
+        logits: Tensor = self.layers(pooled)  # (B, H, C)
+        return logits[:, 0] if pooled.shape[1] == 1 else logits.diagonal(dim1=1, dim2=2)
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, mean over the labelled slides; 0 where there are none."""
+    total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
+    return total / (labels >= 0).sum().clamp_min(1)
+
+
+def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Tensor:
+    """Mean squared error over the values of the profiles that are present (B,) bool; 0 where there are none."""
+    each = (decoded.float() - profile.float()).square().mean(1)  # (B,)
+    return torch.where(present, each, torch.zeros_like(each)).sum() / present.sum().clamp_min(1)
+
+
+def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:
+    """Scores before softmax (N, H) -> attention (N, H) summing to one over each bag; to look at, without gradient."""
+    scores = scores.detach()
+    return segment_softmax(scores, softmax_stats(scores, offsets), offsets)

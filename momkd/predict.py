@@ -1,0 +1,134 @@
+"""Predictions of slides by a trained run, from the slide alone: `momkd predict`. The genomics tower is never built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+
+from momkd.bags import Bags
+from momkd.data.atomic import atomic_write, write_csv
+from momkd.data.batches import BagLoader
+from momkd.data.cohort import open_cohort
+from momkd.data.slides import read_coords
+from momkd.errors import InputError
+from momkd.inference import autocast, pick_device
+from momkd.models import Prediction
+from momkd.runs import Run
+
+
+def predict_run(
+    run: Run,
+    features: Path | str,
+    out: Path | str,
+    *,
+    attention: Path | str | None = None,
+    folds: Sequence[int] | None = None,
+    skip_bad: bool = False,
+    device: str | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Predicts every slide of a folder with the models of all folds and averages their probabilities.
+
+    Args:
+        run: a finished run.
+        features: folder of feature files of the encoder that the run was trained with.
+        out: CSV to write: slide_id, prob_<class> of each class, predicted. Of two classes the second is predicted from
+            the mean of the thresholds that the folds chose on their validation slides, of more the most probable.
+        attention: folder to write one HDF5 a slide into: `attention` (N, H) float32, the mean over folds; `slots`
+            (F, N, C) int16, each fold's nearest prototype of each class to each patch; `coords` as in the features.
+        folds: which models to use; None takes all.
+        skip_bad: leave out slides that cannot be used, instead of ending.
+        device: such as "cuda:1"; None takes a GPU where there is one.
+        report: called with (slides done, slides).
+
+    Returns:
+        What was written to `out`, and the slides that were skipped with the reason.
+
+    Raises:
+        InputError: a slide that cannot be used, a fold that is not there; nothing is written to `out` then.
+    """
+    used = list(run.info.folds if folds is None else folds)
+    if bad := [fold for fold in used if fold not in run.info.folds]:
+        raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {bad[0]}")
+    where = pick_device(device)
+    models = [run.load_model(fold, where) for fold in used]
+    cohort = open_cohort(features, width=run.info.in_features, skip_bad=skip_bad, source=str(features))
+    slides, options = list(cohort.paths), run.config.train
+    loader = BagLoader(
+        slides,
+        np.full(len(slides), -1, np.int64),
+        cohort.sizes,
+        cohort.read,
+        slides_per_step=options.slides_per_step,
+        patch_budget=options.patch_budget,
+        pin=where.type == "cuda",
+        skipped=cohort.skipped if skip_bad else None,
+    )
+    folder = None if attention is None else _new_folder(Path(attention))
+    rows: list[dict[str, Any]] = []
+    for batch in loader.batches(loader.once()):
+        bags = batch.bags.to(where, non_blocking=True)
+        with torch.inference_mode(), autocast(where, options.amp):
+            each = [model(bags) for model in models]
+        probs = torch.stack([torch.softmax(p.logits.double(), 1) for p in each]).mean(0).cpu().numpy()
+        rows += [
+            {"slide_id": slide, **{f"prob_{name}": p for name, p in zip(run.info.classes, values, strict=True)}}
+            for slide, values in zip(batch.slide_ids, probs, strict=True)
+        ]
+        if folder is not None:
+            paths = [cohort.paths[slide] for slide in batch.slide_ids]
+            _write_attention(folder, paths, bags, each, used)
+        if report is not None:
+            report(len(rows), len(slides))
+    table = pd.DataFrame(rows)
+    table["predicted"] = _decide(run, table, used)
+    write_csv(out, table)
+    return table, cohort.skipped
+
+
+def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
+    classes = run.info.classes
+    probs = table[[f"prob_{name}" for name in classes]].to_numpy()
+    if len(classes) > 2:
+        return [classes[c] for c in probs.argmax(1)]
+    path = run.folder / "metrics.json"
+    chosen = []
+    if path.is_file():
+        known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
+        chosen = [known[fold] for fold in folds if known.get(fold) is not None]
+    threshold = float(np.mean(chosen)) if chosen else 0.5
+    return [classes[int(p >= threshold)] for p in probs[:, 1]]
+
+
+def _new_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot make the folder: {error.strerror}; choose another") from error
+    return path
+
+
+def _write_attention(
+    folder: Path, paths: Sequence[Path], bags: Bags, each: Sequence[Prediction], folds: Sequence[int]
+) -> None:
+    mean = torch.stack([p.attention.float() for p in each]).mean(0)  # (N, H)
+    slots = torch.stack([p.slots for p in each if p.slots is not None]) if each[0].slots is not None else None
+    for path, a, b in zip(paths, bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True):
+        coords, attrs = read_coords(path)
+        with atomic_write(folder / f"{path.stem}.h5") as temporary, h5py.File(temporary, "w") as file:
+            file.create_dataset("attention", data=mean[a:b].cpu().numpy())
+            if slots is not None:
+                file.create_dataset("slots", data=slots[:, a:b].to(torch.int16).cpu().numpy())
+                file["slots"].attrs["folds"] = list(folds)
+            if coords is not None:
+                file.create_dataset("coords", data=coords)
+                size = attrs.get("patch_size_level0")
+                if size is not None:
+                    file["coords"].attrs["patch_size_level0"] = size

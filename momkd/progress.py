@@ -1,0 +1,78 @@
+"""How a run shows itself in a terminal: a bar an epoch with losses, speed and time left; a line a fold."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from momkd.experiment import Reporter
+from momkd.train import Progress as TrainingProgress
+
+_SHORT = {
+    "classification": "class",
+    "memory": "memory",
+    "soft_angle_slide": "slide angle",
+    "soft_angle_omics": "omics angle",
+    "reconstruction": "rebuild",
+}
+
+
+def progress_bar(console: Console, *columns: TextColumn) -> Progress:
+    """A bar with a description, a count, the time that passed and the time left; gone when done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,  # a log file gets the lines alone
+    )
+
+
+class ConsoleReporter(Reporter):
+    """Prints notes and folds, and shows a progress bar where the console is a terminal."""
+
+    def __init__(self, console: Console, name: str = "") -> None:
+        self.console, self.name = console, name
+        self.bar: Progress | None = None
+        self.slides: dict[str, int] = {}
+        self.task = TaskID(0)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"[yellow]note[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+
+    def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None:
+        self.slides = slides
+        self.bar = progress_bar(self.console, TextColumn("{task.fields[told]}"))
+        self.bar.start()
+        self.task = self.bar.add_task(f"{self.name} fold {fold} ".lstrip(), total=None, told="")
+
+    def progress(self, progress: TrainingProgress) -> None:
+        if self.bar is None:
+            return
+        losses = "  ".join(f"{_SHORT.get(name, name)} {value:.3f}" for name, value in progress.losses.items())
+        best = "" if progress.best is None else f"  val AUC {progress.best:.3f}"
+        told = f"{losses}{best}  {progress.patches_per_second:,.0f} patches/s"
+        done = progress.epoch + progress.step / progress.steps
+        self.bar.update(self.task, total=progress.epochs, completed=round(done, 1), told=told)
+
+    def fold_ends(self, fold: int, log: pd.DataFrame) -> None:
+        self.close()
+        counts = ", ".join(f"{count} {part}" for part, count in self.slides.items())
+        line = f"{self.name} fold {fold}: {len(log)} epochs on {counts} slides".lstrip()
+        if log["val_auc"].notna().any():
+            best = int(log["val_auc"].argmax())
+            line += f"; best validation AUC {log['val_auc'].max():.3f} after epoch {best + 1}"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,220 @@
+"""The folder of a run: what training writes, and what evaluation, prediction and resuming read.
+
+RUN/
+    config.toml            every option of the run
+    run.json               classes, width of the features, folds, where the data came from, versions
+    predictions.csv        validation and test slides of every fold; predictions_external.csv of another cohort
+    metrics.json           with intervals; beside it roc.png and training.png
+    fold_K/
+        model.safetensors      the best epoch: all that inference needs; its header says epoch and validation score
+        genomics.safetensors   the genomics tower of that epoch; inference never opens it
+        genes.json             which genes the tower reads, and how they are scaled
+        log.csv                a row an epoch
+        state.pt               for --resume; removed when the fold is done
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from momkd.config import Config
+from momkd.data.atomic import atomic_write, write_json, write_text
+from momkd.data.raw import one_line
+from momkd.errors import InputError
+from momkd.models import ABMIL, MILModel, MoMKD, OmicsClassifier
+
+PREDICTIONS = "predictions.csv"
+EXTERNAL = "predictions_external.csv"
+_TOWER = "genomics."
+
+
+def build_model(config: Config, in_features: int, num_classes: int, omics_features: int | None = None) -> MILModel:
+    """The model that a configuration describes, with fresh weights; without `omics_features` it has no tower."""
+    model, memory, omics, loss = config.model, config.memory, config.omics, config.loss
+    tower = {"hidden_features": omics.hidden_features, "dropout": omics.dropout}
+    if model.kind == "omics":
+        return OmicsClassifier(in_features, num_classes, features=omics.features, **tower)  # type: ignore[arg-type]
+    if model.kind == "abmil":
+        return ABMIL(
+            in_features,
+            num_classes,
+            encoder=model.encoder,
+            hidden_features=model.hidden_features,
+            gate_features=model.gate_features,
+            branch=model.branch,
+            dropout=model.dropout,
+        )
+    return MoMKD(
+        in_features,
+        num_classes,
+        omics_features=omics_features,
+        encoder=model.encoder,
+        pooling=model.pooling,
+        branch=model.branch,
+        hidden_features=model.hidden_features,
+        gate_features=model.gate_features,
+        projection_features=model.projection_features,
+        shared_projector=model.shared_projector,
+        slots=memory.slots,
+        update="gradient" if memory.update == "gradient" else "momentum",
+        rows=memory.rows,
+        rho=memory.rho,
+        temperature=model.temperature,
+        dropout=model.dropout,
+        margin=loss.margin,
+        tau=loss.tau,
+        beta=loss.beta,
+        omics_embedding=omics.features,
+        omics_hidden=omics.hidden_features,
+        omics_dropout=omics.dropout,
+    )
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What run.json says."""
+
+    classes: list[str]
+    label: str
+    in_features: int  # L of the patch features; of the genomics alone, G is in genes.json
+    folds: list[int]
+    num_splits: int
+    data: dict[str, str | None]  # where features, labels, omics and splits came from
+    versions: dict[str, str]
+    skipped: dict[str, str]
+
+
+class Run:
+    """A run's folder, opened.
+
+    Raises:
+        InputError: the folder is missing, is no run, or was written by something else.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        config, info = self.folder / "config.toml", self.folder / "run.json"
+        if not config.is_file() or not info.is_file():
+            came = "a folder without config.toml and run.json" if self.folder.is_dir() else "nothing there"
+            raise InputError(f"{self.folder}: expected the folder of a run, got {came}; train first, or check the path")
+        self.config = Config.from_toml(config.read_text(encoding="utf-8"), source=str(config))
+        try:
+            values = json.loads(info.read_text(encoding="utf-8"))
+            self.info = RunInfo(**{f.name: values[f.name] for f in fields(RunInfo)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{info}: expected the description of a run, got {one_line(error)}; train again"
+            ) from error
+
+    @classmethod
+    def create(cls, folder: Path | str, config: Config, info: RunInfo) -> Run:
+        """Writes config.toml and run.json; the folder is made."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot make the folder: {error.strerror}; choose another") from error
+        write_text(folder / "config.toml", config.to_toml())
+        write_json(folder / "run.json", asdict(info))
+        return cls(folder)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.info.classes)
+
+    def fold(self, number: int) -> Path:
+        return self.folder / f"fold_{number}"
+
+    def finished(self, number: int) -> bool:
+        """Whether a fold has been trained to its end."""
+        return (self.fold(number) / PREDICTIONS).is_file()
+
+    def load_model(self, number: int, device: torch.device | str = "cpu") -> MILModel:
+        """The best epoch of a fold for inference: evaluation mode, no genomics tower.
+
+        Raises:
+            InputError: the fold is not there, or its checkpoint is broken or of another configuration.
+        """
+        if self.config.model.kind == "omics":
+            raise InputError(f"{self.folder}: expected a model of slides, got genomics alone; it can't predict slides")
+        model = build_model(self.config, self.info.in_features, self.num_classes)
+        load_weights(model, self.fold(number) / "model.safetensors")
+        return model.to(device).eval()
+
+
+def save_model(folder: Path, model: nn.Module, facts: Mapping[str, Any]) -> None:
+    """The weights of a model: those of inference with `facts` in the header, and its genomics tower apart."""
+    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tower = {name: t for name, t in state.items() if name.startswith(_TOWER)}
+    if tower:
+        with atomic_write(folder / "genomics.safetensors") as temporary:
+            save_file(tower, temporary, metadata={"momkd": json.dumps(dict(facts))})
+    with atomic_write(folder / "model.safetensors") as temporary:
+        rest = {name: t for name, t in state.items() if name not in tower}
+        save_file(rest, temporary, metadata={"momkd": json.dumps(dict(facts))})
+
+
+def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Fill a model from a file of `save_model`; returns the facts of its header.
+
+    Raises:
+        InputError: no such file, not safetensors, or its tensors are not those of the model.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected a checkpoint, got nothing there; train this fold first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("momkd", "{}"))
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected a safetensors checkpoint, got a file that does not read ({one_line(error)}); "
+            "copy it again or train again"
+        ) from error
+    restore(model, state, str(path))
+    return dict(facts)
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors into a model. Raises InputError for the first that is missing, unknown or of another shape."""
+    other = "it belongs to another configuration: use the config.toml beside it"
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise InputError(f"{source}: expected a tensor {name!r} {tuple(tensor.shape)}, got none; {other}")
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"{source}: {name}: expected {tuple(tensor.shape)}, got {tuple(state[name].shape)}; {other}"
+            )
+    if extra := [name for name in state if name not in wanted]:
+        raise InputError(f"{source}: expected no tensor {extra[0]!r}, got {tuple(state[extra[0]].shape)}; {other}")
+    model.load_state_dict(dict(state))
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Tensors and plain values that training goes on from; whole or not at all."""
+    with atomic_write(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What `save_state` wrote, with these keys; nothing in the file is ever executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not set(keys) <= set(state):
+            raise ValueError("not what training saves")
+    except Exception as error:  # the unpickler of a damaged file raises nearly anything
+        raise InputError(
+            f"{path}: expected the state of a run, got a file that does not read ({one_line(error)}); "
+            "remove it to train this fold from the start"
+        ) from error
+    return state

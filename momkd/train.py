@@ -1,0 +1,228 @@
+"""The training loop: one model, one fold. Written to be read; `momkd.experiment` runs it over folds and files.
+
+An epoch draws class-balanced ragged batches; for each the weighted terms of the loss, backward, clip, step; then the
+memory moves by what these slides bring to it. Then validation: its AUC drives the learning rate, early stopping and the
+choice of the epoch that is kept. Everything follows from the seed and the number of the epoch, so on the CPU a run that
+was interrupted and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from momkd.config import Config
+from momkd.data.atomic import write_csv
+from momkd.data.batches import BagLoader, Batch
+from momkd.errors import InputError
+from momkd.inference import autocast, probabilities
+from momkd.models import MemoryRows, MILModel, TrainingStep
+from momkd.models.reservoir import Reservoir
+from momkd.runs import load_state, restore, save_model, save_state
+
+_TIE = 1e-10  # of the loss, under any step of an AUC: small validation parts tie often, and the lower loss is better
+_RESUMED = ("epoch", "best", "waited", "log", "kept")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is; losses are means over the epoch so far, before their weights."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    losses: dict[str, float]
+    patches_per_second: float
+    best: float | None  # validation AUC
+
+
+class Trainer:
+    """Trains a model and keeps its best epoch.
+
+    Args:
+        model: changed in place; after `run` it is the best epoch.
+        config: see `momkd.config`.
+        training: slides to learn from; those without label teach by reconstruction alone.
+        validation: slides that choose the epoch; where they lack a class, the last epoch is kept.
+        device: where to compute.
+        folder: where model, log and state are written each epoch, and where `run` goes on from; None: nowhere.
+        report: called a few times a second.
+    """
+
+    def __init__(
+        self,
+        model: MILModel,
+        config: Config,
+        training: BagLoader,
+        validation: BagLoader | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        folder: Path | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.device, self.folder, self.report = torch.device(device), folder, report
+        self.model, self.config, self.options = model.to(self.device), config, config.train
+        self.training, self.validation = training, validation
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay
+        )
+        patience, factor = self.options.plateau_patience, self.options.plateau_factor
+        self.schedule = ReduceLROnPlateau(self.optimizer, "max", factor, patience, threshold=0.0)
+        self.warmup = 0 if model.memory is None else min(config.memory.warmup, self.options.epochs - 1)
+        self.epoch = 0  # the next one
+        self.best: tuple[float, float] | None = None  # validation AUC and minus the loss of the best epoch
+        self.waited = 0  # epochs since then
+        self.log: list[dict[str, float]] = []
+        self.kept: dict[str, Tensor] = {}  # the weights of that epoch
+
+    def run(self) -> MILModel:
+        """Train to the end; returns the model of the best epoch in evaluation mode."""
+        if self.folder is not None and (self.folder / "state.pt").is_file():
+            self._resume(self.folder / "state.pt")
+        while self.epoch < self.options.epochs and self.waited < self.options.patience:
+            torch.manual_seed(_mixed(self.options.seed, self.epoch))  # of dropout
+            if self.epoch == self.warmup:
+                self._fill_memory()
+            self.log.append({"epoch": self.epoch, **self._train_epoch(), **self._validate()})
+            self._judge(self.log[-1]["val_auc"], self.log[-1]["val_loss"])
+            self.epoch += 1
+            self._save()
+        self.model.load_state_dict(self.kept)
+        return self.model.eval()
+
+    # -- an epoch ------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> dict[str, float]:
+        options, seed = self.options, (self.options.seed, self.epoch)
+        plan = self.training.training(*seed, balanced=options.balanced)
+        sums: dict[str, Tensor] = {}
+        taken: list[TrainingStep] = []  # since the optimizer last moved
+        step = patches = 0
+        began = shown = time.perf_counter()
+        self.model.train()
+        for step, batch in enumerate(self.training.batches(plan, seed=seed), start=1):
+            made = self._step(batch)
+            loss = sum((getattr(self.config.loss, name) * term for name, term in made.losses.items()), torch.zeros(()))
+            (loss / options.accumulate).backward()
+            taken.append(made)
+            if len(taken) == options.accumulate:
+                self._move(taken)
+                taken = []
+            patches += batch.bags.num_rows
+            for name, term in made.losses.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term.detach()
+            now = time.perf_counter()
+            if self.report and (now - shown > 0.2 or step == len(plan)):  # reading the sums waits for the device
+                shown, best = now, self.best[0] if self.best else None
+                means = {name: float(total) / step for name, total in sums.items()}
+                self.report(Progress(self.epoch, options.epochs, step, len(plan), means, patches / (now - began), best))
+        if taken:
+            self._move(taken)
+        means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
+        if not means or not all(np.isfinite(mean) for mean in means.values()):
+            told = f"{means} in epoch {self.epoch}; lower train.learning_rate" if means else "no slide that can be read"
+            raise InputError(f"training: expected finite losses, got {told}")
+        seconds = time.perf_counter() - began
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return {**means, "learning_rate": rate, "patches_per_second": patches / seconds}
+
+    def _step(self, batch: Batch) -> TrainingStep:
+        batch = batch.to(self.device)
+        with autocast(self.device, self.options.amp):
+            return self.model.training_step(batch.bags, batch.labels, batch.omics, batch.has_omics)
+
+    def _move(self, taken: list[TrainingStep]) -> None:
+        """Step the optimizer, then move the memory by what the slides of these steps bring."""
+        if self.options.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        memory, options = self.model.memory, self.config.memory
+        rows = [step.memory_rows for step in taken if step.memory_rows is not None]
+        if memory is None or not rows or options.update != "momentum" or self.epoch < self.warmup:
+            return
+        moved, m = MemoryRows.concatenate(rows), options.momentum
+        if m is None:  # half of the memory is new after `half_life` epochs, however many slides that is
+            slides = sum(step.logits.shape[0] for step in taken)
+            m = 2.0 ** (-slides / (options.half_life * len(self.training.slide_ids)))
+        memory.update_(
+            moved.rows, moved.row_class, momentum=m, weights=moved.weights, reseed_below=options.reseed_below
+        )
+
+    @torch.no_grad()
+    def _fill_memory(self) -> None:
+        """A pass over the training slides: the memory becomes clusters of what they would scatter into it."""
+        if self.model.memory is None:
+            return
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.options.seed)
+        reservoir = Reservoir(self.model.memory.num_classes, self.config.memory.reservoir, generator)
+        for batch in self.training.batches(self.training.once()):
+            rows = self._step(batch).memory_rows
+            if rows is not None:
+                reservoir.add(rows)
+        self.model.memory.fill_(*reservoir.rows(), generator=generator)
+
+    # -- choosing an epoch ---------------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, float]:
+        """Cross-entropy and AUC (macro one-vs-rest) of the validation slides; NaN where undefined."""
+        undefined = {"val_loss": float("nan"), "val_auc": float("nan")}
+        if self.validation is None or len(self.validation.slide_ids) == 0:
+            return undefined
+        _, probs, labels = probabilities(self.model, self.validation, self.device, amp=self.options.amp)
+        probs, labels = probs[labels >= 0], labels[labels >= 0]
+        if len(labels) == 0:
+            return undefined
+        loss = float(-np.log(probs[np.arange(len(labels)), labels].clip(1e-12)).mean())
+        if len(np.unique(labels)) < probs.shape[1]:
+            return {**undefined, "val_loss": loss}
+        truth = np.eye(probs.shape[1], dtype=np.int64)[labels]
+        binary = probs.shape[1] == 2
+        auc = roc_auc_score(labels, probs[:, 1]) if binary else roc_auc_score(truth, probs, average="macro")
+        return {"val_loss": loss, "val_auc": float(auc)}
+
+    def _judge(self, auc: float, loss: float) -> None:
+        """Keep this epoch if it is the best. Warm-up epochs, and those without an AUC, only replace one another."""
+        chosen = not np.isnan(auc) and self.epoch >= self.warmup
+        better = not chosen or self.best is None or (auc, -loss) > self.best
+        if chosen:
+            self.schedule.step(auc - _TIE * loss)
+            self.best = (auc, -loss) if better else self.best
+        self.waited = 0 if better else self.waited + 1
+        if better:
+            self.kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        write_csv(self.folder / "log.csv", pd.DataFrame(self.log))
+        if self.waited == 0:
+            save_model(self.folder, self.model, {"epoch": self.epoch - 1, "val_auc": self.best and self.best[0]})
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        save_state(self.folder / "state.pt", parts | {name: getattr(self, name) for name in _RESUMED})
+
+    def _resume(self, path: Path) -> None:
+        state = load_state(path, (*_RESUMED, "model", "optimizer", "schedule"))
+        restore(self.model, state["model"], str(path))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name in _RESUMED:
+            setattr(self, name, state[name])
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """A seed of torch that differs for every seed and epoch."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
