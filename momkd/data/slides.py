@@ -6,6 +6,7 @@ Whatever the format, a slide reads as features (N, L) float16 or float32 and coo
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,18 @@ def slide_header(path: Path | str) -> tuple[int, int, str]:
         return n, length, "float16" if raw.dtype.lstrip("<>=") in ("float16", "f2") else "float32"
 
 
+def read_coords(path: Path | str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
+    """Coordinates (N, 2) of a feature file, or None where it has none, and its attributes; features are not read.
+
+    Raises:
+        InputError: as `read_slide`, apart from the values of the features.
+    """
+    path = Path(path)
+    with open_raw(path) as raw:
+        n, _ = _checked_shape(path, raw, None)
+        return (_checked_coords(path, raw, n) if raw.has_coords else None), raw.attrs
+
+
 def write_trident(
     path: Path | str,
     features: Array,
@@ -140,11 +153,15 @@ def write_trident(
     def layout(width: int) -> dict[str, Any]:
         return {"chunks": (1, width), "maxshape": (None, width)} if row_chunks else {}
 
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+    # In memory first: HDF5 crashes when the process ends, if a disk that filled up kept it from closing a file.
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
         rows = file.create_dataset("features", data=features, **layout(features.shape[1]))
         rows.attrs.update({"encoder": encoder, "name": path.stem})
         places = file.create_dataset("coords", data=points, **layout(2))
         places.attrs.update({"patch_size_level0": patch_size_level0, "name": path.stem, **attrs})
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
 
 
 # -- checks ------------------------------------------------------------------------------------------------------

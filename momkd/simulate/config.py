@@ -88,6 +88,11 @@ class SimulationConfig:
                 f"simulation: patches_max: expected at least the median patches={self.patches}, "
                 f"got {self.patches_max}; raise it"
             )
+        if self.genes < 2 * self.programs:
+            raise InputError(
+                f"simulation: genes: expected at least 2 a program ({2 * self.programs}), got {self.genes}; "
+                "simulate more genes or fewer programs"
+            )
         if self.slides < 4 * self.folds:
             raise InputError(
                 f"simulation: slides: expected at least 4 a fold ({4 * self.folds}), got {self.slides}; "

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from momkd.errors import InputError
 from momkd.simulate.config import SimulationConfig
 
 Floats = NDArray[np.floating[Any]]
@@ -239,8 +240,15 @@ def _draw_slide(config: SimulationConfig, world: World, site: Site, case: Case, 
     c += ((site.gain - 1) * stained + site.shift + jitter) @ world.stain
     x = c.astype(np.float32) @ world.basis.astype(np.float32)
     x += np.float32(config.feature_noise) * rng.standard_normal(x.shape, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        stored = x.astype(config.dtype)
+    if not np.isfinite(stored).all():
+        raise InputError(
+            f"simulation: dtype: expected one that holds values up to {np.abs(x).max():.0f}, got {config.dtype}; "
+            "use float32, or lower program_strength, feature_noise or site_effect"
+        )
     corner = rng.integers(0, 64, 2) * config.patch_size
-    return SlideDraw(x.astype(config.dtype), cells * config.patch_size + corner, tissue, region)
+    return SlideDraw(stored, cells * config.patch_size + corner, tissue, region)
 
 
 def _layout(rng: np.random.Generator, n: int, tumour_fraction: float) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
@@ -256,12 +264,11 @@ def _layout(rng: np.random.Generator, n: int, tumour_fraction: float) -> tuple[N
     chosen = np.sort(np.argsort(4 * radius - field(), axis=None, kind="stable")[:n])  # row by row
     tissue = np.full(n, TISSUES.index("stroma"), np.uint8)
     tumour = max(1, round(n * tumour_fraction * rng.uniform(0.5, 1.5)))
-    shares = rng.dirichlet(20 * np.array(_SHARES))
-    for name, size in (
-        ("immune", round(n * shares[2])),
-        ("background", round(n * shares[1])),
-        ("tumour", tumour),  # last, so that nothing eats into it
-    ):
-        top = np.argsort(-field().ravel()[chosen], kind="stable")[:size]
+    outside = rng.dirichlet(20 * np.array(_SHARES)) * (n - tumour)
+    free = np.ones(n, bool)
+    for name, size in (("tumour", tumour), ("background", round(outside[1])), ("immune", round(outside[2]))):
+        wanted = np.where(free, field().ravel()[chosen], -np.inf)
+        top = np.argsort(-wanted, kind="stable")[: min(size, int(free.sum()))]
         tissue[top] = TISSUES.index(name)
+        free[top] = False
     return np.stack([xs.ravel()[chosen], ys.ravel()[chosen]], axis=1).astype(np.int64), tissue
