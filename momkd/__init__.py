@@ -5,10 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from momkd.bags import Bags
+from momkd.doctor import doctor  # at once: a lazy one would give way to the module of its name after first use
 
 if TYPE_CHECKING:
     from momkd import functional, models, nn, ops, reference
-    from momkd.doctor import doctor
 
 try:
     __version__ = version("momkd")
@@ -24,6 +24,4 @@ def __getattr__(name: str) -> Any:
     """Load submodules at first use, so that `import momkd` is quick."""
     if name in _SUBMODULES:
         return import_module(f"momkd.{name}")
-    if name == "doctor":
-        return import_module("momkd.doctor").doctor
     raise AttributeError(f"module 'momkd' has no attribute {name!r}")

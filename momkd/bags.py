@@ -76,10 +76,11 @@ class Bags:
         if not bags:
             raise ValueError("bags: expected at least one tensor (n, L), got an empty list")
         first = bags[0]
+        width = first.shape[-1] if first.ndim else "L"
         for b, x in enumerate(bags):
             if x.ndim != 2 or x.shape[1:] != first.shape[1:] or x.dtype != first.dtype or x.device != first.device:
                 raise ValueError(
-                    f"bags[{b}]: expected (n, {first.shape[-1]}) {first.dtype} on {first.device} like bags[0], "
+                    f"bags[{b}]: expected (n, {width}) {first.dtype} on {first.device} like bags[0], "
                     f"got {tuple(x.shape)} {x.dtype} on {x.device}"
                 )
         features = torch.cat(list(bags)) if len(bags) > 1 else first

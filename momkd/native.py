@@ -79,7 +79,7 @@ def ema_accumulate(
 
 
 def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float) -> None:
-    sums, mass = sums.contiguous(), mass.contiguous()
+    sums, mass = sums.to(torch.float32).contiguous(), mass.to(torch.float32).contiguous()
     extension()[0].ema_apply(
         memory.data_ptr(),
         usage.data_ptr(),

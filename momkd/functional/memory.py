@@ -215,6 +215,8 @@ def ema_apply_(
     _check_bank(memory, usage, momentum)
     check.shape("sums", sums, tuple(memory.shape), "(C, K, S)")
     check.shape("mass", mass, tuple(memory.shape[:2]), "(C, K)")
+    check.floating("sums", sums)
+    check.floating("mass", mass)
     check.same_device("memory", memory, usage=usage, sums=sums, mass=mass)
     ops.ema_apply_(memory, usage, sums, mass, float(momentum), backend or "")
 

@@ -39,7 +39,7 @@ class MemoryBank(nn.Module):
     Example:
         >>> bank = momkd.nn.MemoryBank(2, 4, 8)
         >>> bank.fill_(torch.randn(100, 8), torch.arange(100) % 2)
-        >>> bank.update_(torch.randn(6, 8), torch.tensor([0, 1, 1, 0, -1, 1]), momentum=0.99)
+        >>> assignments = bank.update_(torch.randn(6, 8), torch.tensor([0, 1, 1, 0, -1, 1]), momentum=0.99)
         >>> bank.memory.norm(dim=-1).allclose(torch.ones(2, 4))
         True
     """
@@ -51,7 +51,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if num_classes < 2 or slots < 1 or features < 1:
             raise ValueError(
-                f"MemoryBank: expected num_classes >= 2, slots >= 1, features >= 1, got {num_classes}, {slots}, {features}"
+                "MemoryBank: expected num_classes >= 2, slots >= 1, features >= 1, "
+                f"got {num_classes}, {slots}, {features}"
             )
         if update not in UPDATES:
             raise ValueError(f"update: expected {' or '.join(map(repr, UPDATES))}, got {update!r}")
@@ -137,6 +138,7 @@ class MemoryBank(nn.Module):
         """
         memory = self.memory.detach()
         counted = row_class >= 0
+        z = torch.where(counted[:, None], z, torch.zeros_like(z))  # or a NaN left out would still reach the gradient
         own = row_class.clamp_min(0)
         if self.update == "momentum":
             similarity, _ = functional.memory_similarity(z, memory)

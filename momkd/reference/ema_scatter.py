@@ -32,7 +32,8 @@ def ema_accumulate(
     unit, _ = unit_rows(rows)
     bank, _ = unit_rows(memory.to(dtype))
     own = torch.where(valid, row_class, torch.zeros_like(row_class))
-    nearest = torch.einsum("ns,cks->nck", unit, bank)[torch.arange(len(own), device=z.device), own].argmax(1)  # (N,)
+    cosines = torch.einsum("ns,cks->nck", unit, bank)[torch.arange(len(own), device=z.device), own]  # (N, K)
+    nearest = cosines.nan_to_num(nan=-torch.inf).argmax(1)  # a slot that is not a number is never the nearest
 
     w = torch.ones_like(rows[:, 0]) if weights is None else weights.to(dtype)
     w = torch.where(valid & w.isfinite() & (w > 0), w, torch.zeros_like(w))
@@ -82,12 +83,14 @@ def reseed_(
     """Give every slot whose usage is under `threshold` the vector of a row of its class, drawn by weight.
 
     The slot's usage becomes the mean usage of its class, so that it is not replaced again at once. A class that has
-    no finite row with weight leaves its slots alone. Returns the replaced slots (C, K) bool. Waits for the device.
+    no finite, nonzero row with weight leaves its slots alone. Returns the replaced slots (C, K) bool. Waits for the
+    device.
     """
     classes, slots, _ = memory.shape
     rows = z.to(accumulate_dtype(z.dtype))
     w = torch.ones_like(rows[:, 0]) if weights is None else weights.to(rows.dtype)
-    w = torch.where(rows.isfinite().all(1) & w.isfinite() & (w > 0), w, torch.zeros_like(w)).cpu()
+    usable = rows.isfinite().all(1) & (rows != 0).any(1) & w.isfinite() & (w > 0)  # a zero row has no direction
+    w = torch.where(usable, w, torch.zeros_like(w)).cpu()
     unit, _ = unit_rows(rows)
     replaced = torch.zeros(classes, slots, dtype=torch.bool, device=memory.device)
     dead = (usage < threshold).cpu()

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from momkd import Bags
+from momkd import functional as F
+from momkd.nn import MemoryBank, MemoryGuidedPool, SoftAngleLoss
+from tests.compare import FORWARD, GRADIENT, assert_close
+
+UPDATES = ("momentum", "gradient")
+
+
+def rows(n: int = 60, classes: int = 2, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(n, width), torch.arange(n) % (classes + 1) - 1
+
+
+def filled(update: str = "momentum", classes: int = 2) -> MemoryBank:
+    bank = MemoryBank(classes, 5, 8, update=update)
+    bank.fill_(*rows(200, classes, seed=9), generator=torch.Generator().manual_seed(0))
+    if update == "gradient":
+        with torch.no_grad():
+            bank.memory *= 0.2 + torch.rand(classes, 5, 1)  # the optimizer does not keep it unit
+    return bank
+
+
+# -- the bank ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_optimizer_sees() -> None:
+    momentum, gradient = filled("momentum"), filled("gradient")
+    assert list(momentum.parameters()) == []
+    assert [name for name, _ in gradient.named_parameters()] == ["memory"]
+    assert isinstance(gradient.memory, nn.Parameter)
+    for bank in (momentum, gradient):
+        assert set(bank.state_dict()) == {"memory", "usage"}
+        assert bank.memory.shape == (2, 5, 8)
+        assert bank.usage.shape == (2, 5)
+        assert bank.num_classes == 2
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_state_dict_round_trip(update: str, tmp_path: object) -> None:
+    bank, other = filled(update), MemoryBank(2, 5, 8, update=update)
+    assert not other.is_filled
+    other.load_state_dict(bank.state_dict())
+    assert other.is_filled
+    assert torch.equal(other.memory, bank.memory)
+    assert torch.equal(other.usage, bank.usage)
+    crossed = MemoryBank(2, 5, 8, update=UPDATES[update == "momentum"])
+    crossed.load_state_dict(bank.state_dict())  # both kinds hold the same keys
+    with pytest.raises(RuntimeError, match="size mismatch for memory"):
+        MemoryBank(2, 6, 8, update=update).load_state_dict(bank.state_dict())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_fill(update: str) -> None:
+    z, row_class = rows(90, 3)
+    row_class[row_class == 1] = -1  # class 1 has no rows
+    bank = MemoryBank(3, 4, 8, update=update)
+    assert not bank.is_filled
+    assert (bank.memory == 0).all()
+    bank.fill_(z, row_class, iterations=7, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    for c in range(3):
+        assert torch.equal(bank.memory[c], F.spherical_kmeans(z[row_class == c], 4, 7, generator))
+    assert_close(bank.memory.norm(dim=-1), torch.ones(3, 4), FORWARD)
+    assert (bank.usage == 0.25).all()
+    assert bank.is_filled
+    assert bank.memory.requires_grad is (update == "gradient")
+    assert bank.memory.is_leaf
+    bank.fill_(z.half(), row_class)
+    assert bank.memory.dtype == torch.float32
+
+
+def test_update_moves_a_buffer() -> None:
+    bank, (z, row_class) = filled(), rows()
+    memory, usage, weights = bank.memory.clone(), bank.usage.clone(), torch.rand(60)
+    kind = {"momentum": 0.9, "weights": weights}
+    want = F.ema_scatter_(memory, usage, z, row_class, **kind)
+    before, where = bank.memory.clone(), bank.memory.data_ptr()
+    got = bank.update_(z.requires_grad_(), row_class, **kind)
+    assert torch.equal(got, want)
+    assert torch.equal(bank.memory, memory)
+    assert torch.equal(bank.usage, usage)
+    assert not torch.equal(bank.memory, before)
+    assert bank.memory.data_ptr() == where, "in place"
+    assert not bank.memory.requires_grad
+
+
+def test_update_reseeds_when_asked() -> None:
+    bank, (z, row_class) = filled(), rows()
+    memory, usage = bank.memory.clone(), bank.usage.clone()
+
+    def kind() -> dict[str, object]:
+        return {"momentum": 0.5, "reseed_below": 2.0, "generator": torch.Generator().manual_seed(1)}
+
+    F.ema_scatter_(memory, usage, z[:9], row_class[:9], **kind())
+    bank.update_(z[:9], row_class[:9], **kind())
+    assert torch.equal(bank.memory, memory)
+    assert torch.equal(bank.usage, usage)
+
+
+def test_gradient_is_left_to_the_optimizer() -> None:
+    bank, (z, row_class) = filled("gradient"), rows()
+    before = {name: value.clone() for name, value in bank.state_dict().items()}
+    assert bank.update_(z, row_class, momentum=0.0) is None
+    for name, value in bank.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def naive_commitment(z: Tensor, row_class: Tensor, memory: Tensor, update: str) -> Tensor:
+    losses = []
+    for row, c in zip(z, row_class.tolist(), strict=True):
+        if c < 0:
+            continue
+        if update == "momentum":
+            losses.append(1 - torch.nn.functional.cosine_similarity(row[None], memory[c], eps=1e-12).max())
+        else:
+            nearest = (memory[c] - row).norm(dim=1).argmin()
+            losses.append((row - memory[c, nearest]).square().mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_commitment_loss(update: str, classes: int, seed: int) -> None:
+    bank, (z, row_class) = filled(update, classes), rows(61, classes, seed=seed)
+    exact = z.double().requires_grad_()
+    loss, want = (
+        bank.commitment_loss(z.requires_grad_(), row_class),
+        naive_commitment(exact, row_class, bank.memory.detach().double(), update),
+    )
+    assert loss.shape == ()
+    assert_close(loss, want, FORWARD)
+    loss.backward()
+    want.backward()
+    assert_close(z.grad, exact.grad, GRADIENT)
+    assert bank.memory.grad is None, "the memory is a constant here"
+    assert (z.grad[row_class < 0] == 0).all()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_commitment_loss_leaves_out_what_has_no_class(update: str) -> None:
+    bank, (z, row_class) = filled(update), rows()
+    want = bank.commitment_loss(z, row_class)
+    z[row_class < 0] = torch.nan
+    z.requires_grad_()
+    loss = bank.commitment_loss(z, row_class)
+    loss.backward()
+    assert_close(loss, want, FORWARD)
+    assert z.grad.isfinite().all()
+    for empty in (torch.full((60,), -1), torch.zeros(0, dtype=torch.int64)):
+        x = torch.randn(len(empty), 8, requires_grad=True)
+        loss = bank.commitment_loss(x, empty)
+        loss.backward()
+        assert loss == 0
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_commitment_loss_of_halves(update: str) -> None:
+    bank, (z, row_class) = filled(update), rows()
+    half = z.bfloat16().requires_grad_()
+    loss = bank.commitment_loss(half, row_class)
+    assert loss.dtype == torch.float32
+    assert_close(loss, bank.commitment_loss(half.detach().float(), row_class), FORWARD)
+    loss.backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_rows_at_their_prototype_are_committed() -> None:
+    for update in UPDATES:
+        bank = filled(update)
+        z = bank.memory.detach()[1].clone()
+        assert abs(float(bank.commitment_loss(z, torch.ones(5, dtype=torch.int64)))) < 1e-6
+        assert float(bank.commitment_loss(z, torch.zeros(5, dtype=torch.int64))) > 1e-3
+
+
+def test_orthogonality_loss() -> None:
+    bank, (_, row_class) = filled("gradient", 3), rows(20, 3)
+    memory = bank.memory.detach().double().requires_grad_()
+    each = []
+    for c in row_class[row_class >= 0].tolist():
+        cosines = torch.nn.functional.cosine_similarity(memory[c][:, None], memory[c][None], dim=-1)
+        each.append(10 * (cosines.square().sum() / 25 - 1 / 5))
+    want = torch.stack(each).mean()
+    loss = bank.orthogonality_loss(row_class)
+    assert_close(loss, want, FORWARD)
+    loss.backward()
+    want.backward()
+    assert_close(bank.memory.grad, memory.grad, GRADIENT)
+
+
+def test_orthogonality_loss_at_its_ends() -> None:
+    bank = MemoryBank(2, 4, 8, update="gradient")
+    with torch.no_grad():
+        bank.memory[0] = 3 * torch.eye(8)[:4]
+        bank.memory[1] = torch.ones(4, 8)
+    label = torch.tensor([0])
+    with torch.no_grad():
+        assert float(bank.orthogonality_loss(label)) == pytest.approx(0, abs=1e-6)
+        assert float(bank.orthogonality_loss(label + 1)) == pytest.approx(7.5)
+    loss = bank.orthogonality_loss(torch.tensor([-1, -1]))
+    loss.backward()
+    assert loss == 0
+    assert (bank.memory.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 4, 8), "MemoryBank: expected num_classes >= 2, slots >= 1, features >= 1, got 1, 4, 8"),
+        ((2, 0, 8), "got 2, 0, 8"),
+        ((2, 4, 0), "got 2, 4, 0"),
+    ],
+)
+def test_bad_sizes(arguments: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MemoryBank(*arguments)
+
+
+def test_bad_update_and_what_it_says() -> None:
+    with pytest.raises(ValueError, match="update: expected 'momentum' or 'gradient', got 'ema'"):
+        MemoryBank(2, update="ema")
+    assert repr(MemoryBank(2, 4, 8)) == "MemoryBank(num_classes=2, slots=4, features=8, update='momentum')"
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------
+
+
+def bags() -> Bags:
+    torch.manual_seed(4)
+    return Bags.from_list([torch.randn(n, 6) for n in (7, 0, 1, 20)])
+
+
+@pytest.mark.parametrize("branch", ["positive", "per_class"])
+def test_the_pool_is_the_op(branch: str) -> None:
+    batch, bank = bags(), filled()
+    z = torch.randn(28, 8)
+    got = MemoryGuidedPool(0.3, branch=branch)(z, batch, bank.memory)
+    want = F.memory_guided_pool(z, batch.features, bank.memory, batch.offsets, 0.3, branch=branch)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert got[0].shape == (4, 1 if branch == "positive" else 2, 6)
+
+
+def test_an_unfilled_memory_gives_the_mean() -> None:
+    batch = bags()
+    pooled, attention, _ = MemoryGuidedPool()(torch.randn(28, 8), batch, MemoryBank(2, 4, 8).memory)
+    assert_close(pooled[3, 0], batch[3].mean(0), FORWARD)
+    assert_close(attention[8:], torch.full((20, 1), 0.05), FORWARD)
+    assert (pooled[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("log_tau", "temperature", "learns"),
+    [(-20.0, 0.01, False), (math.log(0.02), 0.02, True), (math.log(1.9), 1.9, True), (3.0, 2.0, False)],
+)
+def test_temperature_is_clamped(log_tau: float, temperature: float, learns: bool) -> None:
+    pool = MemoryGuidedPool()
+    with torch.no_grad():
+        pool.log_tau.fill_(log_tau)
+    assert float(pool.temperature.detach()) == pytest.approx(temperature, rel=1e-5)
+    pool(torch.randn(28, 8), bags(), filled().memory)[0].square().sum().backward()
+    assert bool(pool.log_tau.grad != 0) is learns
+
+
+def test_temperature_gradient_by_differences() -> None:
+    batch, bank, z, pool = bags(), filled(), torch.randn(28, 8).double(), MemoryGuidedPool(0.4).double()
+    batch = batch.to(dtype=torch.float64)
+    weight = torch.randn(4, 1, 6).double()
+
+    def value(shift: float) -> Tensor:
+        pool.log_tau.data.add_(shift)
+        total = (pool(z, batch, bank.memory.double())[0] * weight).sum()
+        pool.log_tau.data.sub_(shift)
+        return total
+
+    value(0).backward()
+    difference = float((value(1e-5) - value(-1e-5)).detach()) / 2e-5
+    assert float(pool.log_tau.grad) == pytest.approx(difference, rel=1e-5)
+
+
+def test_no_gradient_reaches_the_memory_through_the_pool() -> None:
+    bank, batch, z = filled("gradient"), bags(), torch.randn(28, 8, requires_grad=True)
+    pool = MemoryGuidedPool()
+    pool(z, batch, bank.memory)[0].square().sum().backward()
+    assert bank.memory.grad is None
+    assert z.grad.isfinite().all()
+    assert (z.grad != 0).any()
+
+
+def test_the_pool_starts_where_it_is_told() -> None:
+    assert float(MemoryGuidedPool().temperature.detach()) == pytest.approx(0.2)
+    assert set(MemoryGuidedPool().state_dict()) == {"log_tau"}
+    for wrong in (0.0, 0.009, 2.1, float("nan")):
+        with pytest.raises(ValueError, match=r"temperature: expected 0\.01 to 2\.0, got"):
+            MemoryGuidedPool(wrong)
+    for right in (0.01, 2.0):
+        assert float(MemoryGuidedPool(right).temperature.detach()) == pytest.approx(right, rel=1e-6)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------
+
+
+def test_soft_angle_loss_is_the_op_with_its_numbers() -> None:
+    z, labels = rows(9)
+    bank = filled("gradient")
+    loss = SoftAngleLoss(margin=0.1, tau=3.0, beta=7.0)(z, bank.memory, labels)
+    assert torch.equal(loss, F.soft_angle_loss(z, bank.memory, labels, margin=0.1, tau=3.0, beta=7.0))
+    assert torch.equal(SoftAngleLoss()(z, bank.memory, labels), F.soft_angle_loss(z, bank.memory, labels))
+    assert not torch.equal(loss, SoftAngleLoss()(z, bank.memory, labels))
+    loss.backward()
+    assert (bank.memory.grad != 0).any(), "it reaches a memory that is a parameter"
+    assert list(SoftAngleLoss().parameters()) == []
+    assert repr(SoftAngleLoss()) == "SoftAngleLoss(margin=0.3, tau=5.0, beta=20.0)"
