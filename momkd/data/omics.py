@@ -1,0 +1,272 @@
+"""Omics tables: one profile a case, as cases × genes, or as a folder with one array a case."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from momkd.data.raw import one_line, open_raw
+from momkd.data.tables import MISSING, is_unnamed
+from momkd.errors import InputError
+
+Floats = npt.NDArray[np.float32]
+
+_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+_CHUNK = 1 << 22  # cells that are parsed at a time: wide tables in few pieces, long ones in little memory
+_FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
+_GENE_COLUMN = re.compile(r"(hugo[_ ]?)?(genes?|symbols?|ensembl)([_ ]?(ids?|names?|symbols?))?", re.IGNORECASE)
+_GENE_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?|ACTB|B2M|BRCA1|CD8A|EGFR|ERBB2|ESR1|GAPDH|GATA3|MYC|PTEN|TP53")
+
+
+@dataclass(frozen=True, eq=False)
+class Omics:
+    """Profiles of cases.
+
+    Args:
+        table: index `case_id` (unique text), a float32 column a gene (unique text), every value finite.
+        path: the file or folder they came from, for messages.
+    """
+
+    table: pd.DataFrame
+    path: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def source(self) -> str:
+        """How messages name this table."""
+        return str(self.path) if self.path is not None else "omics"
+
+
+def read_omics(path: Path | str) -> Omics:
+    """Reads a table of cases × genes, or a folder of one .npy a case.
+
+    Ids are text: 007 stays 007. Values become float32; a cell that is missing, infinite or no number is an error, since
+    a made-up expression value would be learned from. To leave a case out, leave out its row.
+
+    Args:
+        path: .csv or .tsv (also .gz), or .parquet (needs pyarrow), with a column `case_id`; without one the ids are in
+            the first column. Or a folder: CASE.npy is the profile of CASE, (G,), and the genes are gene_0, gene_1, ...
+
+    Raises:
+        InputError: naming file, case and gene.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    name = path.name.lower()
+    if not path.is_file():
+        raise InputError(f"{path}: expected an omics table or a folder of .npy, got nothing there; check --omics")
+    if not name.endswith(_SUFFIXES):
+        raise InputError(
+            f"{path}: expected an omics table ({', '.join(_SUFFIXES)}) or a folder of .npy, "
+            f"got {path.suffix or 'no ending'}; convert or rename it"
+        )
+    return _read_parquet(path) if name.endswith(".parquet") else _read_text(path)
+
+
+# -- CSV and TSV -------------------------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> Omics:
+    sep = "\t" if path.name.lower().endswith((".tsv", ".tsv.gz")) else ","
+    try:
+        with _open_text(path) as file:
+            header = [name.strip() for name in next(csv.reader(file, delimiter=sep), [])]
+            at_id, genes = _columns(path, header)
+            ids, values = _read_cells(path, file, sep, header, at_id, genes)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
+        raise InputError(f"{path}: expected a table in UTF-8, got {one_line(error)}; save it again") from error
+    return _checked(path, header[at_id], ids, [header[i] for i in genes], values)
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _columns(path: Path, header: list[str]) -> tuple[int, list[int]]:
+    """Which column holds the ids, and which hold genes: the others, but for an index that pandas wrote before them."""
+    if not any(header):
+        raise InputError(f"{path}: expected a header of case_id and genes, got an empty first line; write it again")
+    at_id = header.index("case_id") if "case_id" in header else 0
+    first = 1 if at_id > 0 and is_unnamed(header[0]) else 0
+    return at_id, [i for i in range(first, len(header)) if i != at_id]
+
+
+def _read_cells(
+    path: Path, file: TextIO, sep: str, header: list[str], at_id: int, genes: list[int]
+) -> tuple[list[str], Floats]:
+    """The ids and the values (cases, genes), by pandas' parser, a block of rows at a time."""
+    text = {i: str.strip for i in range(len(header)) if i not in genes}  # converters keep "NA" and "007" as they are
+    ids: list[str] = []
+    blocks: list[Floats] = []
+    try:
+        reader = pd.read_csv(
+            file,
+            sep=sep,
+            header=None,
+            index_col=False,
+            converters=text,
+            dtype=dict.fromkeys(genes, np.float32),
+            chunksize=max(1, _CHUNK // len(header)),
+            low_memory=False,
+        )
+        for block in reader:
+            if block.shape[1] != len(header):
+                raise InputError(
+                    f"{path}: expected {len(header)} cells a row as in the header, got {block.shape[1]}; "
+                    "mend the header or the rows"
+                )
+            ids += block[at_id].tolist()
+            blocks.append(block[genes].to_numpy(np.float32))
+    except pd.errors.EmptyDataError:
+        pass
+    except ValueError as error:
+        if isinstance(error, InputError | UnicodeDecodeError | pd.errors.ParserError):
+            raise
+        _find_text(path, sep, header, at_id, genes, len(ids))
+        raise InputError(f"{path}: expected numbers, got {one_line(error)}; write the table again") from error
+    return ids, np.concatenate(blocks) if blocks else np.zeros((0, len(genes)), np.float32)
+
+
+def _find_text(path: Path, sep: str, header: list[str], at_id: int, genes: list[int], skip: int) -> None:
+    """Raises for the first cell after `skip` rows that is no number, since the parser does not say where it was."""
+    with _open_text(path) as file:
+        rows = csv.reader(file, delimiter=sep)
+        for row in itertools.islice(rows, 1 + skip, None):
+            for i in genes:
+                cell = row[i].strip() if i < len(row) else ""
+                if cell not in MISSING and not _is_number(cell):
+                    raise _no_number(path, row[at_id], header[i], repr(cell))
+
+
+# -- Parquet and folders -----------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path) -> Omics:
+    try:
+        frame = pd.read_parquet(path, engine="pyarrow")
+    except ImportError as error:
+        raise InputError(
+            f"{path}: expected pyarrow, which reads Parquet, got no such package; pip install pyarrow, or write a CSV"
+        ) from error
+    except Exception as error:  # pyarrow's errors on a foreign or damaged file have several roots
+        raise InputError(f"{path}: expected a Parquet table, got {one_line(error)}; write it again") from error
+    frame.columns = pd.Index([str(name).strip() for name in frame.columns])
+    if "case_id" in frame.columns[1:] and is_unnamed(frame.columns[0]):
+        frame = frame.iloc[:, 1:]
+    corner = str(frame.index.name or "")
+    if (column := _id_column(frame)) is not None:
+        corner = column
+        frame = frame.set_index(column)
+    if frame.index.nlevels > 1 or frame.index.inferred_type not in ("string", "integer", "categorical", "empty"):
+        raise InputError(f"{path}: expected ids as text, got {frame.index.inferred_type}; name their column case_id")
+    ids = [str(case).strip() for case in frame.index]
+    for gene, dtype in zip(frame.columns, frame.dtypes, strict=True):
+        if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
+            first = repr(frame[gene].iloc[0]) if len(frame) and frame.columns.is_unique else "none"
+            raise _no_number(path, ids[0] if ids else "", gene, f"{first} ({dtype})")
+    with np.errstate(over="ignore"):  # what overflows is found by the finite check
+        values = frame.to_numpy(dtype=np.float32, na_value=np.nan)
+    return _checked(path, corner, ids, list(frame.columns), values)
+
+
+def _id_column(frame: pd.DataFrame) -> str | None:
+    """The column of the ids, or None where they are the index already."""
+    if "case_id" in frame.columns:
+        return "case_id"
+    unnamed = isinstance(frame.index, pd.RangeIndex) and frame.index.name is None
+    return str(frame.columns[0]) if unnamed and len(frame.columns) else None
+
+
+def _read_folder(folder: Path) -> Omics:
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npy" and not p.name.startswith("."))
+    if not files:
+        raise InputError(f"{folder}: expected CASE.npy for each case, got no .npy; check --omics")
+    profiles: list[Floats] = []
+    for path in files:
+        with open_raw(path) as raw:
+            if raw.kind not in "fiu" or len(raw.shape) != 1 or raw.shape == (0,):
+                raise InputError(
+                    f"{path}: expected numbers (G,), one for each gene, got {raw.dtype} {raw.shape}; write it again"
+                )
+            if profiles and raw.shape != profiles[0].shape:
+                raise InputError(
+                    f"{path}: expected {len(profiles[0])} genes as in {files[0].name}, got {raw.shape[0]}; "
+                    "write all cases with the same genes"
+                )
+            with np.errstate(over="ignore"):
+                profiles.append(raw.read_features().astype(np.float32))
+    genes = [f"gene_{i}" for i in range(len(profiles[0]))]
+    return _checked(folder, "case_id", [path.stem for path in files], genes, np.stack(profiles))
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _checked(path: Path, corner: str, ids: Sequence[str], genes: Sequence[str], values: Floats) -> Omics:
+    """The table, once every case and gene has one name and every value is finite."""
+    if not genes:
+        raise InputError(f"{path}: expected a column for each gene, got only {corner!r}; separate columns with commas")
+    if "" in genes:
+        raise InputError(f"{path}: expected a name for each gene, got an empty one; name the column or remove it")
+    if not ids:
+        raise InputError(f"{path}: expected a row for each case, got a header alone; fill in the table")
+    known = [case for case in ids if _GENE_ID.fullmatch(case)]
+    if _GENE_COLUMN.fullmatch(corner) or len(known) >= 2:
+        rows = f"genes such as {known[0]!r} in the rows" if known else f"genes in the rows (column {corner!r})"
+        raise InputError(f"{path}: expected cases × genes, one row a case, got {rows}; transpose the table")
+    if corner != "case_id" and all(_FRACTION.fullmatch(case) for case in ids):
+        raise InputError(
+            f"{path}: expected case ids in the first column, got fractions such as {ids[0]} in {corner!r}; "
+            "add a column case_id"
+        )
+    if "" in ids:
+        raise InputError(f"{path}: row {list(ids).index('') + 1}: expected a case id, got an empty cell; fill it in")
+    for what, names in (("case", ids), ("gene", genes)):
+        name, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            hint = (
+                "; remove the others, or transpose a table of genes × cases" if what == "case" else "; rename or remove"
+            )
+            raise InputError(f"{path}: expected each {what} once, got {name!r} {count} times{hint}")
+    wrong = ~np.isfinite(values)
+    if count := int(wrong.sum()):
+        row, column = divmod(int(wrong.argmax()), len(genes))
+        kind = "missing" if np.isnan(values[row, column]) else "infinite"
+        raise InputError(
+            f"{path}: expected finite values, got {count} missing or infinite, the first ({kind}) for case "
+            f"{ids[row]!r} and gene {genes[column]!r}; fill it in, or remove the case or the gene"
+        )
+    index = pd.Index(list(ids), name="case_id", dtype=object)
+    return Omics(pd.DataFrame(values, index, pd.Index(list(genes), dtype=object), copy=False), path)
+
+
+def _no_number(path: Path, case: str, gene: str, came: str) -> InputError:
+    return InputError(
+        f"{path}: case {case.strip()!r}, gene {gene!r}: expected a number, got {came}; mend the cell, "
+        "or remove the column if it is no gene"
+    )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
