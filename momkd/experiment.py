@@ -7,7 +7,7 @@ their scaling too, is fitted inside the training part of each fold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -170,6 +170,8 @@ def train_run(
     for fold in chosen:
         if not run.finished(fold):
             _train_fold(run, inputs, fold, pick_device(device), skip_bad, reporter)
+    if inputs.cohort is not None and inputs.cohort.skipped != run.info.skipped:  # reading found more than the headers
+        run = Run.create(out, config, replace(info, skipped={**run.info.skipped, **inputs.cohort.skipped}))
     tables = [read_predictions(run.fold(fold) / PREDICTIONS) for fold in chosen]
     write_csv(run.folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
     evaluate_run(run)
@@ -198,14 +200,15 @@ def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
             f"{out}: expected classes {run.info.classes} and width {run.info.in_features} as when it began, got "
             f"{info.classes} and {info.in_features}; resume with the same data or choose another --out"
         )
-    return Run.create(out, config, info)
+    return Run.create(out, config, replace(info, skipped={**run.info.skipped, **info.skipped}))
 
 
 def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_bad: bool, reporter: Reporter) -> None:
     config, folder, split = run.config, run.fold(fold), inputs.splits[fold]
     folder.mkdir(exist_ok=True)
     transform = _fit_genes(inputs, split, config)
-    skipped: dict[str, str] | None = {} if skip_bad else None
+    skipped = inputs.cohort.skipped if skip_bad and inputs.cohort is not None else None
+    before = set(skipped or {})
     loaders = {
         part: _loader(inputs, slides, transform, config, device, skipped) for part, slides in split.parts().items()
     }
@@ -229,8 +232,8 @@ def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_
             slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
             table = prediction_table(inputs.labels.table, slides, probs, run.info.classes, fold=fold, part=part)
             tables.append(table)
-    for slide, reason in (skipped or {}).items():
-        reporter.note(f"skipped {slide}: {reason}")
+    for slide in sorted(set(skipped or {}) - before):
+        reporter.note(f"skipped {slide}: {(skipped or {})[slide]}")
     if not tables:
         raise InputError(f"splits_{fold}.csv: expected slides in val or test to score, got none; make splits again")
     write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,28 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> SimulatedCohort:
+    """A simulated cohort that trains in a second a fold; tests that change files copy it first."""
+    config = SimulationConfig(
+        slides=36, external_slides=10, patches=30, patches_max=60, features=16, genes=40, folds=2, val_fraction=0.25
+    )
+    return simulate(tmp_path_factory.mktemp("tiny") / "cohort", config)
+
+
+@pytest.fixture
+def own_cohort(tiny_cohort: SimulatedCohort, tmp_path: Path) -> SimulatedCohort:
+    """A copy that a test may change."""
+    root = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort.root, root)
+    return SimulatedCohort(
+        root=root,
+        features=root / "features",
+        labels=root / "labels.csv",
+        omics=root / "omics.csv",
+        splits=root / "splits",
+        instances=root / "instances.csv",
+        external=None,
+    )

@@ -1,0 +1,231 @@
+"""The loop: it learns, stops, chooses its epoch, moves the memory as configured, and resumes to the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from momkd.config import Config
+from momkd.data.batches import BagLoader
+from momkd.errors import InputError
+from momkd.models import MILModel
+from momkd.runs import build_model
+from momkd.train import Progress, Trainer
+
+L, G, SMALL = 6, 5, ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "omics.features=8"]
+
+
+def slides(n: int, seed: int, *, signal: float = 3.0, labels: np.ndarray | None = None) -> BagLoader:
+    """Bags whose first feature tells the class in a fifth of the patches; every third without genomics."""
+    rng = np.random.default_rng(seed)
+    given = np.arange(n) % 2 if labels is None else labels
+    features = {}
+    for i in range(n):
+        x = rng.standard_normal((int(rng.integers(5, 30)), L)).astype(np.float32)
+        x[: max(1, len(x) // 5), 0] += signal * (2 * given[i] - 1)
+        features[f"s{i}"] = torch.from_numpy(x)
+    omics = rng.standard_normal((n, G)).astype(np.float32)
+    omics[:, 0] += 2 * given
+    omics[::3] = np.nan
+    sizes = {slide: len(x) for slide, x in features.items()}
+    return BagLoader(list(features), given.astype(np.int64), sizes, features.__getitem__, omics, slides_per_step=4)
+
+
+def trainer(preset: str = "fast", *settings: str, folder: Path | None = None, **options: object) -> Trainer:
+    config = Config.preset(preset).with_settings([*SMALL, "train.learning_rate=0.01", *settings])
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, L, 2, G if preset == "fast" else None)
+    given = {"training": slides(24, 0), "validation": slides(12, 1), **options}
+    return Trainer(model, config, given["training"], given["validation"], folder=folder, report=options.get("report"))
+
+
+def same(a: MILModel, b: MILModel) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in a.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [
+        ("fast", []),
+        ("fast", ["memory.rows=patch", "memory.reseed_below=0.01"]),
+        ("fast", ["memory.rows=attention", "model.branch=per_class"]),
+        ("fast", ["memory.update=gradient"]),
+        ("fast", ["memory.update=fixed", "model.pooling=gated"]),
+        ("abmil", []),
+    ],
+)
+def test_it_learns(preset: str, settings: list[str]) -> None:
+    made = trainer(preset, "train.epochs=8", *settings)
+    made.run()
+    assert made.best is not None
+    assert made.best[0] >= 0.9
+    first, last = made.log[1]["classification_loss"], made.log[-1]["classification_loss"]
+    assert last < first
+
+
+def test_what_is_kept_is_the_epoch_of_the_best_score() -> None:
+    made = trainer("abmil", "train.epochs=6")
+    model = made.run()
+    scores = [(row["val_auc"], -row["val_loss"]) for row in made.log]
+    assert made.best == max(scores)
+    assert not model.training
+    assert (made._validate()["val_auc"], -made._validate()["val_loss"]) == pytest.approx(made.best)
+
+
+def test_resuming_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = trainer("fast", "train.epochs=6", "memory.reseed_below=0.02", "train.max_patches=7", folder=tmp_path)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    torch.manual_seed(99)  # whatever the state of the generator
+    with pytest.raises(KeyboardInterrupt):
+        stopping(trainer("fast", "train.epochs=6", "memory.reseed_below=0.02", "train.max_patches=7", folder=broken), 3)
+    resumed = trainer("fast", "train.epochs=6", "memory.reseed_below=0.02", "train.max_patches=7", folder=broken)
+    assert same(whole.run(), resumed.run())
+    timeless = [{k: v for k, v in row.items() if k != "patches_per_second"} for row in resumed.log]
+    assert timeless == [{k: v for k, v in row.items() if k != "patches_per_second"} for row in whole.log]
+    assert resumed.log[:3] != []
+    assert (tmp_path / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+
+
+def stopping(made: Trainer, epoch: int) -> None:
+    """Run until the middle of an epoch."""
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == epoch:
+            raise KeyboardInterrupt
+
+    made.report = stop
+    made.run()
+
+
+def test_same_seed_same_model_and_other_seed_another() -> None:
+    a, b, c = (trainer("fast", "train.epochs=2", f"train.seed={seed}").run() for seed in (0, 0, 1))
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_accumulated_steps_are_one_large_step() -> None:
+    settings = ["model.dropout=0", "train.balanced=false"]
+    gradients = []
+    for size, options in ((4, ["train.accumulate=2"]), (8, [])):
+        made = trainer("abmil", *settings, *options, training=slides(8, 0))
+        made.training.slides_per_step = size
+        moves: list[dict[str, torch.Tensor]] = []
+        made._move = lambda taken, made=made, moves=moves: moves.append(
+            {name: p.grad.clone() for name, p in made.model.named_parameters()}
+        )
+        made._train_epoch()
+        assert len(moves) == 1
+        gradients.append(moves[0])
+    for name, whole in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], whole, atol=1e-6, rtol=1e-4)
+
+
+def test_the_memory_moves_only_by_momentum() -> None:
+    fixed = trainer("fast", "train.epochs=3", "memory.update=fixed", "memory.warmup=1")
+    moving = trainer("fast", "train.epochs=3", "memory.warmup=1")
+    for made in (fixed, moving):
+        made.epoch = 1
+        made._fill_memory()
+    before = fixed.model.memory.memory.clone()
+    assert torch.equal(before, moving.model.memory.memory)
+    for made in (fixed, moving):
+        made._train_epoch()
+    assert torch.equal(fixed.model.memory.memory, before)
+    assert not torch.equal(moving.model.memory.memory, before)
+    norms = moving.model.memory.memory.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_half_life_means_the_same_for_any_size_of_step() -> None:
+    """Over half_life epochs the momenta of all steps multiply to one half."""
+    for size in (1, 5, 24):
+        made = trainer("abmil", "memory.half_life=2")
+        total, n = 1.0, len(made.training.slide_ids)
+        for _ in range(2):
+            for start in range(0, n, size):
+                total *= 2.0 ** (-min(size, n - start) / (made.config.memory.half_life * n))
+        assert total == pytest.approx(0.5)
+    seen: list[float] = []
+    made = trainer("fast", "memory.half_life=2", "memory.warmup=0", "train.balanced=false")
+    update = made.model.memory.update_
+    made.model.memory.update_ = lambda *a, **k: (seen.append(k["momentum"]), update(*a, **k))[1]
+    made._fill_memory()
+    made._train_epoch()
+    made.epoch = 1
+    made._train_epoch()
+    assert np.prod(seen) == pytest.approx(0.5)
+
+
+def test_early_stopping_and_the_falling_rate() -> None:
+    """Labels that nothing explains: no better validation score for long."""
+    settings = ["train.epochs=40", "train.patience=6", "train.plateau_patience=2", "train.learning_rate=0.05"]
+    noise = np.random.default_rng(3).integers(0, 2, 24)
+    made = trainer("abmil", *settings, training=slides(24, 0, signal=0, labels=noise))
+    made.run()
+    assert made.waited == 6
+    assert len(made.log) < 40
+    rates = [row["learning_rate"] for row in made.log]
+    assert rates[-1] <= rates[0] * 0.2 * 1.001
+
+
+def test_without_a_validation_score_the_last_epoch_is_kept() -> None:
+    one_class = slides(4, 1, labels=np.zeros(4, np.int64))
+    for validation in (None, one_class, slides(4, 1, labels=np.full(4, -1))):
+        made = trainer("abmil", "train.epochs=3", "train.patience=1", validation=validation)
+        made.run()
+        assert len(made.log) == 3
+        assert np.isnan(made.log[-1]["val_auc"])
+        assert all(torch.equal(made.kept[name], t) for name, t in made.model.state_dict().items())
+
+
+def test_the_warm_up_is_never_longer_than_the_training(tmp_path: Path) -> None:
+    made = trainer("fast", "train.epochs=1", "memory.warmup=5", folder=tmp_path)
+    made.run()
+    assert made.model.memory.is_filled
+
+
+def test_progress_tells_every_term() -> None:
+    told: list[Progress] = []
+    trainer("fast", "train.epochs=2", report=told.append).run()
+    assert {p.epoch for p in told} == {0, 1}
+    assert told[-1].step == told[-1].steps
+    assert set(told[-1].losses) == {
+        "classification",
+        "memory",
+        "soft_angle_slide",
+        "soft_angle_omics",
+        "reconstruction",
+    }
+    assert told[-1].patches_per_second > 0
+
+
+def test_log_and_checkpoint_of_every_epoch(tmp_path: Path) -> None:
+    made = trainer("abmil", "train.epochs=3", folder=tmp_path)
+    made.run()
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["epoch"].tolist() == [0, 1, 2]
+    assert {"classification_loss", "val_auc", "learning_rate"} <= set(log.columns)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.csv", "model.safetensors", "state.pt"]
+
+
+def test_a_loss_that_leaves_the_numbers_is_said() -> None:
+    bad = slides(8, 0)
+    read = bad.read
+    bad.read = lambda slide: read(slide) * float("nan")
+    with pytest.raises(InputError, match=r"expected finite losses, got .* in epoch 0; lower train.learning_rate"):
+        trainer("abmil", training=bad).run()
+
+
+def test_state_of_another_model_or_a_damaged_one(tmp_path: Path) -> None:
+    trainer("abmil", "train.epochs=1", folder=tmp_path).run()
+    with pytest.raises(InputError, match=r"state.pt: .*another configuration"):
+        trainer("abmil", "model.gate_features=7", folder=tmp_path).run()
+    (tmp_path / "state.pt").write_bytes(b"PK not a state")
+    with pytest.raises(InputError, match=r"state.pt: expected the state of a run, got a file that does not read"):
+        trainer("abmil", folder=tmp_path).run()
