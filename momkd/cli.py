@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import momkd
 from momkd.errors import BackendError, InputError
 
 app = typer.Typer(
@@ -184,6 +186,7 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         print(json.dumps(report.as_dict(), indent=2))
 
 
+@functools.cache
 def _register_simulate() -> None:
     """`momkd simulate`: an option a dial of the simulation, so that the dials are written down in one place."""
     from momkd.simulate.config import SimulationConfig
@@ -244,6 +247,21 @@ def _one_clear_line() -> Iterator[None]:
     except KeyboardInterrupt:
         err_console.print("momkd: interrupted")
         raise SystemExit(130) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(f"momkd {momkd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

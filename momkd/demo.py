@@ -38,6 +38,7 @@ NOTE = (
 )
 _FULL = {"slides": 200, "external_slides": 100, "folds": 3, "val_fraction": 0.2}
 _FAST = {"slides": 100, "external_slides": 40, "folds": 2, "val_fraction": 0.25, "patches": 150}
+_SMALL = ["model.hidden_features=256", "model.gate_features=128", "omics.features=256", "omics.hidden_features=256"]
 _MAPS = 3
 
 
@@ -72,7 +73,9 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
     console.print("[bold]2. Train[/bold] and predict the other hospitals from the slide alone")
     runs: dict[str, Run] = {}
     for name, preset in ARMS.items():
-        config = Config.preset(preset).with_settings([f"train.seed={seed}", *(["train.epochs=30"] if fast else [])])
+        config = Config.preset(preset).with_settings(
+            [*_SMALL, f"train.seed={seed}", f"train.epochs={30 if fast else 60}"]
+        )
         omics = cohort.omics if config.model.kind == "momkd" else None
         with contextlib.closing(ConsoleReporter(console, f"   {name}")) as reporter:
             runs[name] = train_run(

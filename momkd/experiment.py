@@ -280,7 +280,7 @@ def _loader(
         read, sizes = cohort.read, cohort.sizes
     else:  # the profile is the only row of its bag
         assert profiles is not None
-        usable = np.isfinite(profiles).all(axis=1).tolist()
+        usable = [bool(np.isfinite(profile).all()) for profile in profiles]
         rows = {slide: torch.from_numpy(profile)[None] for slide, profile in zip(slides, profiles, strict=True)}
         read, sizes = rows.__getitem__, dict.fromkeys(slides, 1)
     kept = [slide for slide, use in zip(slides, usable, strict=True) if use]

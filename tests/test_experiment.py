@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from momkd import cli
 from momkd.config import Config
 from momkd.data.omics import read_omics
 from momkd.errors import InputError
@@ -217,9 +220,26 @@ def test_a_checkpoint_of_another_configuration_or_a_damaged_one(trained: Run, tm
 # -- bad input, by the command line ----------------------------------------------------------------------------------
 
 
-def momkd(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "momkd.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def momkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command, in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["momkd", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 def edit(path: Path, **columns: object) -> pd.DataFrame:
@@ -333,7 +353,9 @@ def test_bad_tables_end_in_one_line(own_cohort: SimulatedCohort, tmp_path: Path,
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_from_end_to_end(own_cohort: SimulatedCohort, tmp_path: Path) -> None:
+def test_the_command_line_from_end_to_end(
+    momkd: Callable[..., Done], own_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     done = momkd(*command(own_cohort, out), "--fold", 0)
     assert done.returncode == 0, done.stderr
@@ -349,7 +371,9 @@ def test_the_command_line_from_end_to_end(own_cohort: SimulatedCohort, tmp_path:
     assert len(list((tmp_path / "s").iterdir())) == 3
 
 
-def test_the_command_line_says_one_line_and_exits_with_2(own_cohort: SimulatedCohort, tmp_path: Path) -> None:
+def test_the_command_line_says_one_line_and_exits_with_2(
+    momkd: Callable[..., Done], own_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
     break_features(own_cohort, "truncated")
     out = tmp_path / "run"
     done = momkd(*command(own_cohort, out))
@@ -385,8 +409,6 @@ def test_a_full_disk_leaves_nothing_half_written(own_cohort: SimulatedCohort, tm
 
 
 def test_help_of_every_command() -> None:
-    from momkd import cli
-
     assert CliRunner().invoke(cli.app, ["--help"]).exit_code == 0
     for name in ("train", "evaluate", "predict", "splits", "demo", "doctor"):
         done = CliRunner().invoke(cli.app, [name, "--help"])

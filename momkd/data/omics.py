@@ -8,10 +8,10 @@ import itertools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ from momkd.errors import InputError
 Floats = npt.NDArray[np.float32]
 
 _SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-_CHUNK = 1 << 22  # cells that are parsed at a time: wide tables in few pieces, long ones in little memory
+_CHUNK = 1 << 24  # cells that are parsed at a time: wide tables in few pieces, long ones in little memory
 _FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
+_RAGGED = re.compile(r"Expected (\d+) fields in line (\d+), saw (\d+)")
 _GENE_COLUMN = re.compile(r"(hugo[_ ]?)?(genes?|symbols?|ensembl)([_ ]?(ids?|names?|symbols?))?", re.IGNORECASE)
 _GENE_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?|ACTB|B2M|BRCA1|CD8A|EGFR|ERBB2|ESR1|GAPDH|GATA3|MYC|PTEN|TP53")
 
@@ -81,16 +82,35 @@ def read_omics(path: Path | str) -> Omics:
 # -- CSV and TSV -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A text table and what its header says: which column holds the ids, and which hold genes."""
+
+    path: Path
+    sep: str
+    header: list[str]
+    at_id: int
+    genes: list[int]
+
+    def rows(self, file: TextIO) -> Iterator[list[str]]:
+        """Without the header."""
+        return itertools.islice(csv.reader(file, delimiter=self.sep), 1, None)
+
+
 def _read_text(path: Path) -> Omics:
     sep = "\t" if path.name.lower().endswith((".tsv", ".tsv.gz")) else ","
     try:
         with _open_text(path) as file:
             header = [name.strip() for name in next(csv.reader(file, delimiter=sep), [])]
-            at_id, genes = _columns(path, header)
-            ids, values = _read_cells(path, file, sep, header, at_id, genes)
+            if not any(header):
+                raise InputError(f"{path}: expected a header, got an empty first line; write case_id and genes there")
+            at_id = header.index("case_id") if "case_id" in header else 0
+            first = 1 if at_id > 0 and is_unnamed(header[0]) else 0  # an index that pandas wrote is no gene
+            text = _Text(path, sep, header, at_id, [i for i in range(first, len(header)) if i != at_id])
+            ids, values = _read_cells(text, file)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
         raise InputError(f"{path}: expected a table in UTF-8, got {one_line(error)}; save it again") from error
-    return _checked(path, header[at_id], ids, [header[i] for i in genes], values)
+    return _checked(path, header[at_id], ids, [header[i] for i in text.genes], values)
 
 
 def _open_text(path: Path) -> TextIO:
@@ -99,60 +119,58 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _columns(path: Path, header: list[str]) -> tuple[int, list[int]]:
-    """Which column holds the ids, and which hold genes: the others, but for an index that pandas wrote before them."""
-    if not any(header):
-        raise InputError(f"{path}: expected a header of case_id and genes, got an empty first line; write it again")
-    at_id = header.index("case_id") if "case_id" in header else 0
-    first = 1 if at_id > 0 and is_unnamed(header[0]) else 0
-    return at_id, [i for i in range(first, len(header)) if i != at_id]
-
-
-def _read_cells(
-    path: Path, file: TextIO, sep: str, header: list[str], at_id: int, genes: list[int]
-) -> tuple[list[str], Floats]:
-    """The ids and the values (cases, genes), by pandas' parser, a block of rows at a time."""
-    text = {i: str.strip for i in range(len(header)) if i not in genes}  # converters keep "NA" and "007" as they are
+def _read_cells(text: _Text, file: TextIO) -> tuple[list[str], Floats]:
+    """The ids and the values (cases, genes), by pandas' parser, a block of rows at a time; the header is read."""
+    genes, width = text.genes, len(text.header)
+    dtypes: dict[Any, Any] = {**dict.fromkeys(range(width), object), **dict.fromkeys(genes, np.float32)}
+    missing: dict[Any, Any] = dict.fromkeys(genes, MISSING)  # in the values alone: a case may be named NA
     ids: list[str] = []
     blocks: list[Floats] = []
     try:
         reader = pd.read_csv(
             file,
-            sep=sep,
+            sep=text.sep,
             header=None,
             index_col=False,
-            converters=text,
-            dtype=dict.fromkeys(genes, np.float32),
-            chunksize=max(1, _CHUNK // len(header)),
+            dtype=dtypes,
+            keep_default_na=False,
+            na_values=missing,
+            chunksize=max(1, _CHUNK // width),
             low_memory=False,
         )
-        for block in reader:
-            if block.shape[1] != len(header):
-                raise InputError(
-                    f"{path}: expected {len(header)} cells a row as in the header, got {block.shape[1]}; "
-                    "mend the header or the rows"
-                )
-            ids += block[at_id].tolist()
-            blocks.append(block[genes].to_numpy(np.float32))
+        with np.errstate(over="ignore"):  # what overflows is found by the finite check
+            for block in reader:
+                if block.shape[1] != width:
+                    raise InputError(
+                        f"{text.path}: expected {width} cells a row as in the header, got {block.shape[1]}; "
+                        "mend the header or the rows"
+                    )
+                ids += map(str.strip, block[text.at_id])
+                blocks.append(block.iloc[:, genes].to_numpy(np.float32))
+        _find_text(text, 0, 1)  # the parser takes a column of nothing but True and False for numbers
     except pd.errors.EmptyDataError:
         pass
+    except pd.errors.ParserError as error:
+        if match := _RAGGED.search(str(error)):  # it counts without the header
+            where = f"{text.path}: line {int(match[2]) + 1}"
+            raise InputError(f"{where}: expected {match[1]} cells, got {match[3]}; mend the line") from error
+        raise
     except ValueError as error:
-        if isinstance(error, InputError | UnicodeDecodeError | pd.errors.ParserError):
+        if isinstance(error, InputError | UnicodeDecodeError):
             raise
-        _find_text(path, sep, header, at_id, genes, len(ids))
-        raise InputError(f"{path}: expected numbers, got {one_line(error)}; write the table again") from error
+        _find_text(text, len(ids), None)
+        raise InputError(f"{text.path}: expected numbers, got {one_line(error)}; write the table again") from error
     return ids, np.concatenate(blocks) if blocks else np.zeros((0, len(genes)), np.float32)
 
 
-def _find_text(path: Path, sep: str, header: list[str], at_id: int, genes: list[int], skip: int) -> None:
-    """Raises for the first cell after `skip` rows that is no number, since the parser does not say where it was."""
-    with _open_text(path) as file:
-        rows = csv.reader(file, delimiter=sep)
-        for row in itertools.islice(rows, 1 + skip, None):
-            for i in genes:
+def _find_text(text: _Text, start: int, stop: int | None) -> None:
+    """Raises for the first cell of these rows that is no number, since the parser does not say where it was."""
+    with _open_text(text.path) as file:
+        for row in itertools.islice(text.rows(file), start, stop):
+            for i in text.genes:
                 cell = row[i].strip() if i < len(row) else ""
                 if cell not in MISSING and not _is_number(cell):
-                    raise _no_number(path, row[at_id], header[i], repr(cell))
+                    raise _no_number(text.path, row[text.at_id], text.header[i], repr(cell))
 
 
 # -- Parquet and folders -----------------------------------------------------------------------------------------------
@@ -176,6 +194,8 @@ def _read_parquet(path: Path) -> Omics:
         frame = frame.set_index(column)
     if frame.index.nlevels > 1 or frame.index.inferred_type not in ("string", "integer", "categorical", "empty"):
         raise InputError(f"{path}: expected ids as text, got {frame.index.inferred_type}; name their column case_id")
+    if frame.index.hasnans:
+        raise InputError(f"{path}: expected a case id in each row, got an empty cell; fill it in")
     ids = [str(case).strip() for case in frame.index]
     for gene, dtype in zip(frame.columns, frame.dtypes, strict=True):
         if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
@@ -223,6 +243,8 @@ def _checked(path: Path, corner: str, ids: Sequence[str], genes: Sequence[str], 
     """The table, once every case and gene has one name and every value is finite."""
     if not genes:
         raise InputError(f"{path}: expected a column for each gene, got only {corner!r}; separate columns with commas")
+    if "case_id" in genes:
+        raise InputError(f"{path}: expected one column 'case_id', got more; rename or remove the others")
     if "" in genes:
         raise InputError(f"{path}: expected a name for each gene, got an empty one; name the column or remove it")
     if not ids:
@@ -242,7 +264,9 @@ def _checked(path: Path, corner: str, ids: Sequence[str], genes: Sequence[str], 
         name, count = Counter(names).most_common(1)[0]
         if count > 1:
             hint = (
-                "; remove the others, or transpose a table of genes × cases" if what == "case" else "; rename or remove"
+                "; remove the others, or transpose a table of genes × cases"
+                if what == "case"
+                else "; rename or remove one"
             )
             raise InputError(f"{path}: expected each {what} once, got {name!r} {count} times{hint}")
     wrong = ~np.isfinite(values)
@@ -269,4 +293,4 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell  # 1_000 is a number in Python alone

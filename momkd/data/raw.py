@@ -58,7 +58,7 @@ class _RawHdf5(Raw):
         if isinstance(item, h5py.Dataset) and item.shape is not None:
             return item
         there: list[str] = []
-        file.visititems(lambda key, value: there.append(key) if isinstance(value, h5py.Dataset) else None)
+        file.visititems(lambda key, value: there.append(key) if getattr(value, "shape", None) is not None else None)
         listed = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
         raise InputError(
             f"{path}: expected a dataset {name!r}, got {listed or 'no dataset at all'}; rename it or extract again"

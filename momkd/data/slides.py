@@ -228,11 +228,12 @@ def _checked_coords(path: Path, raw: Raw, n: int) -> npt.NDArray[np.int64]:
         raise InputError(
             f"{path}: coords: expected ({n}, 2), one row a patch, got {given}; extract the features of this slide again"
         )
-    if coords.dtype.kind == "f" and np.isfinite(coords).all() and (coords == np.rint(coords)).all():
-        return coords.astype(np.int64)
-    if coords.dtype.kind not in "iu":
-        came = f"fractions in {coords.dtype}" if coords.dtype.kind == "f" else str(coords.dtype)
+    fractions = coords.dtype.kind == "f" and not (coords == np.rint(coords)).all()
+    if fractions or coords.dtype.kind not in "fiu":
+        came = f"fractions in {coords.dtype}" if fractions else str(coords.dtype)
         raise InputError(f"{path}: coords: expected whole level-0 pixels, got {came}; write integers")
+    if coords.dtype.kind != "i" and not (np.abs(coords) < 2**62).all():
+        raise InputError(f"{path}: coords: expected level-0 pixels, got values up to {coords.max()}; write int64")
     return coords.astype(np.int64)
 
 

@@ -1,0 +1,33 @@
+"""Timing side by side: the call and its peers take turns in one process, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each call; every round runs each of them once, beginning with another one each time."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + warmup):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            began = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warmup:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def copy_rate(device: str = "cpu", megabytes: int = 256) -> float:
+    """Bytes a second of a large copy, reads and writes counted: the ceiling of what is bound by memory."""
+    source = torch.ones(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
+    return 2 * source.nbytes / seconds
