@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from momkd import env, native
+from momkd import env, gpu, native
 from momkd.errors import BackendError
 
 BACKENDS = ("triton", "cuda", "native", "torch")
@@ -19,7 +19,7 @@ BACKENDS = ("triton", "cuda", "native", "torch")
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
     "gated_attention_pool": ("torch",),
-    "attention_pool": ("torch",),
+    "attention_pool": ("triton", "torch"),
     "memory_similarity": ("torch",),
     "memory_guided_pool": ("torch",),
     "soft_angle_loss": ("torch",),
@@ -47,6 +47,8 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
         return False, f"no {backend} kernel for {op} in this version"
     if backend == "native":
         return native.can_run(args)
+    if backend == "triton":
+        return gpu.can_run(args)
     return True, "runs on every device"
 
 

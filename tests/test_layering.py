@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # itself, from the ground up. A new module needs a line here.
 GROUND = {"errors", "bags"}
 SIDE = {"data", "metrics", "bootstrap", "plots", "predictions", "config"}
-BACKENDS = {"reference", "kernels", "native", "_C", "_cuda"}
+BACKENDS = {"reference", "kernels", "native", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "simulate", "demo", "report", "study"),
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": GROUND,
     "kernels": GROUND,
     "native": GROUND | {"_C"},
+    "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},
     "ops": GROUND | BACKENDS | {"dispatch"},
     "functional": GROUND | {"ops", "dispatch", "reference"},

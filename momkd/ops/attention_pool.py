@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import reference
+from momkd import gpu, reference
 from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._register import custom_op
@@ -16,7 +16,9 @@ from momkd.reference.segments import accumulate_dtype
 @custom_op("attention_pool")
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L), stats (B, H, 2)."""
-    choose("attention_pool", backend, (values, scores, offsets))
+    if choose("attention_pool", backend, (values, scores, offsets)) == "triton":
+        result: tuple[Tensor, Tensor] = gpu.kernels("attention_pool").attention_pool(values, scores, offsets)
+        return result
     return reference.attention_pool(values, scores, offsets)
 
 
@@ -38,8 +40,11 @@ def attention_pool_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    choose("attention_pool", backend, (values, scores, offsets))
-    grads = reference.attention_pool_backward(grad, values, scores, offsets, pooled, stats, (needs[0], needs[1]))
+    arguments = grad, values, scores, offsets, pooled, stats, (needs[0], needs[1])
+    if choose("attention_pool", backend, (values, scores, offsets)) == "triton":
+        grads = gpu.kernels("attention_pool").attention_pool_backward(*arguments)
+    else:
+        grads = reference.attention_pool_backward(*arguments)
     return _gradients.pack(grads, values)
 
 

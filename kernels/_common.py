@@ -1,0 +1,146 @@
+"""What all kernels share: launching, which tile of which bag a program owns, dropout bits, and pooling of a tile.
+
+A tile is BLOCK rows of one bag. Bag b is given the programs from offsets[b] // BLOCK + b to those of bag b + 1: never
+fewer than it has tiles, at most one more, and N // BLOCK + B in all. So the grid follows on the host from N and B alone,
+a program finds its bag by a binary search, no tile crosses a bag, and a giant bag is spread over many programs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INF = tl.constexpr(float("inf"))
+# Interpreted, bfloat16 lies as bits in NumPy arrays, which a product would take for integers.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any) -> None:
+    """The one place where kernels are started: on the device of the first tensor; an empty grid starts nothing."""
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **meta)
+
+
+def tile_programs(rows: int, bags: int, block: int) -> int:
+    """Programs that cover every tile of every bag."""
+    return rows // block + bags
+
+
+def padded_heads(heads: int) -> int:
+    """Heads of a tile: 1 is summed elementwise, more go through a matrix product, which wants 16 at least."""
+    return 1 if heads == 1 else max(16, triton.next_power_of_2(heads))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with columns one after the other; rows may lie apart."""
+    return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: exactly, or as tf32 where torch is told to allow it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def locate_tile(offsets, bags, BLOCK: tl.constexpr):
+    """Bag of this program, its first row, and the row after the last of the bag (int64); a spare tile has no rows."""
+    program = tl.program_id(0)
+    low = program * 0
+    high = low + bags
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(offsets + middle) // BLOCK + middle <= program:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(offsets + low)
+    end = tl.load(offsets + low + 1)
+    first = begin.to(tl.int64) + (program - begin // BLOCK - low).to(tl.int64) * BLOCK
+    return low, first, end.to(tl.int64)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a (M, K) times b (K, N) of one type, summed in float32."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def dropout_words(seed, rows, first_column, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """(BLOCK, COLUMNS) words of Philox 4x32-10: the low 16 bits are of the tanh branch, the high 16 of the σ branch.
+
+    Counter (row mod 2^32, row div 2^32, column div 4, 0); column d takes word d mod 4. `first_column` is a multiple of 4.
+    """
+    zero = tl.zeros([BLOCK, COLUMNS // 4], tl.uint32)
+    low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
+    high = zero + (rows >> 32).to(tl.uint32)[:, None]
+    column = zero + (first_column // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = tl.philox(seed, low, high, column, zero)
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, COLUMNS))
+
+
+@triton.jit
+def spread(weights, per_bag, HEADS_PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """weights (BLOCK, HP) times per_bag (HP, COLS) -> (BLOCK, COLS) float32."""
+    if HEADS_PADDED == 1:
+        return weights * per_bag.to(tl.float32)
+    else:
+        return product(weights.to(per_bag.dtype), per_bag, PRECISION)
+
+
+@triton.jit
+def gather(weights, rows, HEADS_PADDED: tl.constexpr, PRECISION: tl.constexpr):
+    """weights (BLOCK, HP) transposed times rows (BLOCK, COLS) -> (HP, COLS) float32."""
+    if HEADS_PADDED == 1:
+        return tl.sum(weights * rows.to(tl.float32), 0)[None, :]
+    else:
+        return product(tl.trans(weights.to(rows.dtype)), rows, PRECISION)
+
+
+@triton.jit
+def pool_tile(
+    scores,  # (BLOCK, HP) float32, −inf outside the bag
+    values,
+    value_stride,
+    first,
+    end,
+    partial,  # (T, H, L) float32
+    partial_stats,  # (T, H, 2) float32
+    L,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax of a tile's scores by itself: largest score, Σ exp, and the weighted sum of its rows, unnormalised."""
+    program = tl.program_id(0).to(tl.int64)
+    heads = tl.arange(0, HEADS_PADDED)
+    top = tl.max(scores, 0)  # (HP,)
+    top = tl.where(top == -INF, 0.0, top)
+    weights = tl.exp(scores - top[None, :])  # (BLOCK, HP)
+    total = tl.sum(weights, 0)
+    slot = program * HEADS + heads
+    tl.store(partial_stats + 2 * slot, top, heads < HEADS)
+    tl.store(partial_stats + 2 * slot + 1, total, heads < HEADS)
+
+    rows = first + tl.arange(0, BLOCK)
+    inside = rows < end
+    for start in range(0, L, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        there = inside[:, None] & (columns < L)[None, :]
+        x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
+        summed = gather(weights, x, HEADS_PADDED, PRECISION)  # (HP, COLS)
+        target = partial + slot[:, None] * L + columns[None, :]
+        tl.store(target, summed, (heads < HEADS)[:, None] & (columns < L)[None, :])

@@ -1,0 +1,96 @@
+"""attention_pool: softmax of given scores over each bag, and the weighted sum of its rows.
+
+α_ih = exp(s_ih) / Σ_{j in bag} exp(s_jh);  out[b, h] = Σ_{i in b} α_ih v_i. One pass over scores and values.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from momkd.kernels._common import (
+    INF,
+    launch,
+    locate_tile,
+    padded_heads,
+    pool_tile,
+    precision,
+    rows_of,
+    tile_programs,
+)
+from momkd.kernels._tuning import POOL
+from momkd.kernels.segment_pool import combine, pool_backward
+
+
+@triton.jit
+def attention_pool_fwd_kernel(
+    values,
+    value_stride,
+    scores,  # (N, H)
+    offsets,
+    bags,
+    partial,  # (T, H, L) float32
+    partial_stats,  # (T, H, 2) float32
+    L,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    _, first, end = locate_tile(offsets, bags, BLOCK)
+    if first >= end:
+        return
+    rows = first + tl.arange(0, BLOCK)
+    heads = tl.arange(0, HEADS_PADDED)
+    both = (rows < end)[:, None] & (heads < HEADS)[None, :]
+    s = tl.load(scores + rows[:, None] * HEADS + heads[None, :], both, -INF).to(tl.float32)
+    pool_tile(
+        s, values, value_stride, first, end, partial, partial_stats, L, HEADS, HEADS_PADDED, BLOCK, COLUMNS, PRECISION
+    )
+
+
+def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L) in the dtype of values, stats (B, H, 2)."""
+    values, scores = rows_of(values), scores.contiguous()
+    bags, (rows, width), heads = offsets.shape[0] - 1, values.shape, scores.shape[1]
+    tiles = POOL.choose(width, values.dtype)
+    programs = tile_programs(rows, bags, tiles.rows)
+    partial = values.new_empty(programs, heads, width, dtype=torch.float32)
+    partial_stats = values.new_empty(programs, heads, 2, dtype=torch.float32)
+    launch(
+        attention_pool_fwd_kernel,
+        (programs,),
+        values,
+        values.stride(0),
+        scores,
+        offsets,
+        bags,
+        partial,
+        partial_stats,
+        width,
+        HEADS=heads,
+        HEADS_PADDED=padded_heads(heads),
+        BLOCK=tiles.rows,
+        COLUMNS=tiles.columns,
+        PRECISION=precision(values.dtype),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return combine(partial, partial_stats, offsets, values, tiles)
+
+
+def attention_pool_backward(
+    grad: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    offsets: Tensor,
+    pooled: Tensor,
+    stats: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of values and scores, each None where `needs` says so."""
+    d_values, d_scores = pool_backward(grad, rows_of(values), scores, stats, offsets, pooled, needs)
+    return d_values, None if d_scores is None else d_scores.to(scores.dtype)

@@ -1,0 +1,200 @@
+"""What every pooling op does after its tiles: combine them to bags, and the backward of softmax and weighted sum.
+
+out[b, h] = Σ_i α_ih v_i with α = exp(s − max) / Σ. A tile gives its own maximum, Σ exp and Σ exp · v; combining scales these
+to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − g_bh · out_bh), dv_i = Σ_h α_ih g_bh.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from momkd.kernels._common import INF, launch, locate_tile, padded_heads, precision, product, spread, tile_programs
+from momkd.kernels._tuning import POOL, Tiles
+
+
+@triton.jit
+def combine_kernel(
+    partial,  # (T, H, L) float32
+    partial_stats,  # (T, H, 2) float32
+    offsets,
+    pooled,  # (B, H, L)
+    stats,  # (B, H, 2) float32
+    L,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    bag, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    begin, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    tiles = (end - begin + BLOCK - 1) // BLOCK
+    origin = (begin // BLOCK + bag).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+
+    top = -INF
+    total = 0.0
+    summed = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        there = tile < tiles
+        slot = (origin + tile) * HEADS + head
+        tile_total = tl.load(partial_stats + 2 * slot + 1, there, 0.0)
+        # A tile whose scores are all −inf says 0 for its maximum; it must not raise that of the bag.
+        tile_top = tl.load(partial_stats + 2 * slot, there, -INF)
+        tile_top = tl.where(tile_total == 0, -INF, tile_top)
+        new_top = tl.maximum(top, tl.max(tile_top, 0))
+        safe = tl.where(new_top == -INF, 0.0, new_top)
+        scale = tl.exp(tile_top - safe)  # (TILES,)
+        kept = tl.exp(top - safe)
+        rows = tl.load(
+            partial + slot[:, None] * L + columns[None, :], there[:, None] & (columns < L)[None, :], 0.0
+        )  # (TILES, COLS)
+        summed = summed * kept + tl.sum(scale[:, None] * rows, 0)
+        total = total * kept + tl.sum(scale * tile_total, 0)
+        top = new_top
+    result = tl.where(total == 0, 0.0, summed / tl.where(total == 0, 1.0, total))
+    at = bag * HEADS + head
+    tl.store(pooled + at * L + columns, result.to(pooled.dtype.element_ty), columns < L)
+    if tl.program_id(1) == 0:
+        tl.store(stats + 2 * at, tl.where(top == -INF, 0.0, top))
+        tl.store(stats + 2 * at + 1, total)
+
+
+@triton.jit
+def pool_backward_kernel(
+    grad,  # (B, H, L)
+    inner,  # (B, H) float32: g · out
+    values,
+    value_stride,
+    weights,  # scores (N, H), or the weights α themselves
+    stats,  # (B, H, 2) float32, read with FROM_SCORES
+    offsets,
+    bags,
+    d_values,  # (N, L)
+    d_scores,  # (N, H) float32
+    L,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    FROM_SCORES: tl.constexpr,
+    NEED_VALUES: tl.constexpr,
+    ADD_VALUES: tl.constexpr,
+    NEED_SCORES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    bag, first, end = locate_tile(offsets, bags, BLOCK)
+    if first >= end:
+        return
+    heads = tl.arange(0, HEADS_PADDED)
+    is_head = heads < HEADS
+    rows = first + tl.arange(0, BLOCK)
+    inside = rows < end
+    both = inside[:, None] & is_head[None, :]
+    at = bag.to(tl.int64) * HEADS + heads  # (HP,)
+    alpha = tl.load(weights + rows[:, None] * HEADS + heads[None, :], both, 0.0).to(tl.float32)  # (BLOCK, HP)
+    if FROM_SCORES:
+        top = tl.load(stats + 2 * at, is_head, 0.0)
+        total = tl.load(stats + 2 * at + 1, is_head, 0.0)
+        alpha = tl.exp(alpha - top[None, :]) / tl.where(total == 0, 1.0, total)[None, :]
+        alpha = tl.where(both, alpha, 0.0)
+
+    dots = tl.zeros([BLOCK, HEADS_PADDED], tl.float32)
+    for start in range(0, L, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        g = tl.load(grad + at[:, None] * L + columns[None, :], is_head[:, None] & (columns < L)[None, :], 0.0)  # (HP, C)
+        there = inside[:, None] & (columns < L)[None, :]
+        if NEED_SCORES:
+            x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
+            if HEADS_PADDED == 1:
+                dots += tl.sum(x.to(tl.float32) * g.to(tl.float32), 1)[:, None]
+            else:
+                dots += product(x, tl.trans(g.to(x.dtype)), PRECISION)
+        if NEED_VALUES:
+            target = d_values + rows[:, None] * L + columns[None, :]
+            d = spread(alpha, g, HEADS_PADDED, PRECISION)
+            if ADD_VALUES:
+                d += tl.load(target, there, 0.0).to(tl.float32)
+            tl.store(target, d.to(d_values.dtype.element_ty), there)
+    if NEED_SCORES:
+        known = tl.load(inner + at, is_head, 0.0)
+        tl.store(d_scores + rows[:, None] * HEADS + heads[None, :], alpha * (dots - known[None, :]), both)
+
+
+def combine(
+    partial: Tensor, partial_stats: Tensor, offsets: Tensor, like: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Partials of tiles (T, H, L), (T, H, 2) -> pooled (B, H, L) in the dtype of `like`, stats (B, H, 2)."""
+    bags, (_, heads, width) = offsets.shape[0] - 1, partial.shape
+    pooled, stats = like.new_empty(bags, heads, width), partial.new_empty(bags, heads, 2)
+    columns = min(256, max(16, triton.next_power_of_2(width)))
+    grid = (bags, triton.cdiv(width, columns), heads)
+    launch(
+        combine_kernel,
+        grid,
+        partial,
+        partial_stats,
+        offsets,
+        pooled,
+        stats,
+        width,
+        HEADS=heads,
+        BLOCK=tiles.rows,
+        TILES=16,
+        COLUMNS=columns,
+    )
+    return pooled, stats
+
+
+def pool_backward(
+    grad: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    stats: Tensor | None,
+    offsets: Tensor,
+    pooled: Tensor,
+    needs: tuple[bool, bool],
+    *,
+    add_to: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of values and scores, each None where `needs` says so.
+
+    `weights` are scores (N, H) with the `stats` of their softmax, or, with None for these, the weights α themselves.
+    `add_to` (N, L): the gradient of the values is added to it in place.
+    """
+    bags, (rows, heads), width = offsets.shape[0] - 1, weights.shape, values.shape[1]
+    grad = grad.contiguous()
+    inner = (grad.float() * pooled.float()).sum(2)  # (B, H)
+    d_values = add_to if add_to is not None else values.new_empty(rows, width) if needs[0] else None
+    d_scores = weights.new_empty(rows, heads, dtype=torch.float32) if needs[1] else None
+    tiles = POOL.choose(width, values.dtype)
+    launch(
+        pool_backward_kernel,
+        (tile_programs(rows, bags, tiles.rows),),
+        grad,
+        inner,
+        values,
+        values.stride(0),
+        weights.contiguous(),
+        inner if stats is None else stats,
+        offsets,
+        bags,
+        inner if d_values is None else d_values,
+        inner if d_scores is None else d_scores,
+        width,
+        HEADS=heads,
+        HEADS_PADDED=padded_heads(heads),
+        FROM_SCORES=stats is not None,
+        NEED_VALUES=d_values is not None,
+        ADD_VALUES=add_to is not None,
+        NEED_SCORES=d_scores is not None,
+        BLOCK=tiles.rows,
+        COLUMNS=tiles.columns,
+        PRECISION=precision(values.dtype),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return d_values, d_scores

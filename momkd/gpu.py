@@ -1,0 +1,47 @@
+"""The Triton kernels (`momkd.kernels`): whether they can run, and where they are. Triton is imported at first use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momkd import env
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def triton() -> tuple[Any, str]:
+    """Triton, or None and why it is not there."""
+    try:
+        return importlib.import_module("triton"), "installed"
+    except ImportError as error:
+        return None, f"Triton is not installed ({error}); pip install triton"
+
+
+def kernels(name: str) -> Any:
+    """The module `momkd.kernels.<name>`."""
+    return importlib.import_module(f"momkd.kernels.{name}")
+
+
+def can_run(args: Sequence[Tensor | None]) -> tuple[bool, str]:
+    """Whether the Triton kernels take these tensors."""
+    tensors = [t for t in args if t is not None]
+    wanted = "cpu" if env.triton_interpreted() else "cuda"
+    if other := [t.device for t in tensors if t.device.type != wanted]:
+        if wanted == "cpu":
+            return False, f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {other[0]}"
+        return False, f"runs on a GPU, the tensors are on {other[0]}"
+    if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES]:
+        return False, f"takes float16, bfloat16 and float32, got {str(bad[0]).removeprefix('torch.')}"
+    module, reason = triton()
+    if module is None:
+        return False, reason
+    if wanted == "cuda" and not torch.cuda.is_available():
+        return False, "no GPU that torch can use"
+    return True, "interpreted on the CPU" if wanted == "cpu" else "tensors on a GPU"
