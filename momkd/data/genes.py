@@ -210,7 +210,8 @@ def _between(values: Doubles, member: Doubles) -> Doubles:
     sums = member.T @ centred  # (C, genes)
     between = (sums**2 / member.sum(0)[:, None]).sum(0)
     total = (centred**2).sum(0)
-    return np.where(total > 1e-9, between / np.maximum(total, 1e-9), 0.0)
+    share: Doubles = between / np.maximum(total, 1e-9)
+    return share
 
 
 def _looks_like_counts(table: pd.DataFrame) -> bool:

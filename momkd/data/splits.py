@@ -127,9 +127,12 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
     """Writes splits_0.csv, ... as CLAM does: an unnamed index, then train, val and test, padded with empty cells.
 
     Raises:
-        InputError: the folder cannot be written, or holds files of more folds, which would be read along.
+        InputError: the folder cannot be written, or holds files of more folds, which would be read along; or an id
+            would not be read back as it is.
     """
     folder = Path(directory)
+    for split in splits:
+        _check_ids(folder, split)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,6 +146,17 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
     for fold, split in enumerate(splits):
         table = pd.DataFrame({part: pd.Series(slides, dtype=object) for part, slides in split.parts().items()})
         write_csv(folder / f"splits_{fold}.csv", table, index=True)
+
+
+def _check_ids(folder: Path, split: Split) -> None:
+    """The ids that `_read_split` would take for padding, strip, or rid of a ".0"."""
+    longest = max(map(len, split.parts().values()))
+    for part, slides in split.parts().items():
+        odd = [slide for slide in slides if slide in MISSING or slide != slide.strip()]
+        if len(slides) < longest and all(_FLOAT_ID.fullmatch(slide) for slide in slides):
+            odd += slides
+        if odd:
+            raise InputError(f"{folder}: {part}: expected ids that read back from a CSV, got {odd[0]!r}; rename it")
 
 
 def _read_split(path: Path) -> Split:

@@ -393,15 +393,15 @@ class Bomb:
         return (Path.touch, (self.target,))
 
 
-@pytest.mark.parametrize("way", ["zip", "legacy", "in a dict", "plain pickle", "npy"])
+@pytest.mark.parametrize("way", ["zip", "legacy", "in a dict", "plain pickle", "npy", "npy by name"])
 def test_a_pickle_is_never_executed(tmp_path: Path, way: str) -> None:
-    target, path = tmp_path / "executed", tmp_path / ("a.npy" if way == "npy" else "a.pt")
+    target, path = tmp_path / "executed", tmp_path / ("a.npy" if way.startswith("npy") else "a.pt")
     if way == "npy":
         np.save(path, np.array([Bomb(target)], dtype=object), allow_pickle=True)
         pickle.loads(pickle.dumps(Bomb(target)))  # it works
         target.unlink()
-    elif way == "plain pickle":
-        path.write_bytes(pickle.dumps(Bomb(target)))
+    elif way in ("plain pickle", "npy by name"):
+        path.write_bytes(pickle.dumps(Bomb(target), protocol=2))
     else:
         value: Any = {"features": torch.ones(2, 2), "x": Bomb(target)} if way == "in a dict" else Bomb(target)
         torch.save(value, path, _use_new_zipfile_serialization=way != "legacy")

@@ -1,0 +1,165 @@
+"""Tables of labels: ids stay text, classes are numbered in one way, and a wrong cell is named by its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from momkd.data import Labels, read_labels
+from tests.data.conftest import refused
+
+
+def table(folder: Path, text: str, name: str = "labels.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_ids_are_text_and_missing_labels_are_minus_one(tmp_path: Path) -> None:
+    path = table(tmp_path, "slide_id,case_id,label\n007,01,1\n1e3,01,0\nTCGA-A.DX1,NA,\nNA,2,NA\nb,3,NaN\n")
+    got = read_labels(path)
+    assert got.table.index.tolist() == ["007", "1e3", "TCGA-A.DX1", "NA", "b"]
+    assert got.table.index.name == "slide_id"
+    assert got.table["case_id"].tolist() == ["01", "01", "NA", "2", "3"]
+    assert got.table["label"].tolist() == [1, 0, -1, -1, -1]
+    assert got.table["label"].dtype == np.int64
+    assert (got.classes, got.name, got.path, got.source, len(got)) == (("0", "1"), "label", path, str(path), 5)
+    assert Labels(got.table, got.classes).source == "labels"
+
+
+def test_without_cases_every_slide_is_its_own(tmp_path: Path) -> None:
+    got = read_labels(table(tmp_path, "grade,slide_id\nhigh,a\nlow,b\n"))
+    assert got.table["case_id"].tolist() == ["a", "b"]
+    assert (got.name, got.classes) == ("grade", ("high", "low"))
+
+
+def test_slides_of_a_case_may_differ_in_class(tmp_path: Path) -> None:
+    got = read_labels(table(tmp_path, "slide_id,case_id,label\na,x,0\nb,x,1\n"))
+    assert got.table["label"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "labels"),
+    [
+        (["10", "9", "10"], ("9", "10"), [1, 0, 1]),  # integers by value
+        (["1.0", "0.0", ""], ("0", "1"), [1, 0, -1]),  # as pandas writes integers with gaps
+        (["01", "+1", "-1"], ("-1", "1"), [1, 1, 0]),
+        (["b", "a", "10"], ("10", "a", "b"), [2, 1, 0]),
+        (["None", "some", "NA"], ("None", "some"), [0, 1, -1]),  # None may be a class
+        (["Yes", "yes", "N/A"], ("Yes", "yes"), [0, 1, -1]),
+        ([" pos ", "neg", "pos"], ("neg", "pos"), [1, 0, 1]),
+    ],
+)
+def test_classes_are_the_sorted_values(
+    tmp_path: Path, cells: list[str], classes: tuple[str, ...], labels: list[int]
+) -> None:
+    rows = "".join(f"s{i},{cell}\n" for i, cell in enumerate(cells))
+    got = read_labels(table(tmp_path, f"slide_id,label\n{rows}"))
+    assert (got.classes, got.table["label"].tolist()) == (classes, labels)
+
+
+def test_classes_may_be_given_with_their_order(tmp_path: Path) -> None:
+    path = table(tmp_path, "slide_id,label\na,pos\nb,neg\nc,\n")
+    assert read_labels(path, classes=("pos", "neg", "odd")).table["label"].tolist() == [0, 1, -1]
+    one = table(tmp_path, "slide_id,label\na,1.0\n", "one.csv")
+    assert read_labels(one, classes=("0", "1")).table["label"].tolist() == [1]  # a part may lack a class
+    with refused(path, "line 3: column 'label': expected one of 'pos', 'odd', got 'neg'; mend the cell or empty it"):
+        read_labels(path, classes=("pos", "odd"))
+    for wrong in (("pos",), ("pos", "pos"), ()):
+        with refused("classes: expected two or more different names"):
+            read_labels(path, classes=wrong)
+
+
+def test_the_column_is_label_or_the_only_one_or_named(tmp_path: Path) -> None:
+    path = table(tmp_path, ",slide_id,case_id,label,grade\n0,a,x,0,low\n1,b,y,1,high\n")
+    assert read_labels(path).name == "label"
+    got = read_labels(path, label="grade")
+    assert (got.name, got.classes, got.table["label"].tolist()) == ("grade", ("high", "low"), [1, 0])
+    with refused(path, "expected a column 'stage', got '', 'slide_id'", "choose one with --label"):
+        read_labels(path, label="stage")
+    with refused("expected a column 'slide_id'"):
+        read_labels(path, label="slide_id")  # ids are no classes
+    two = table(tmp_path, "slide_id,er,pr\na,0,1\n")
+    with refused(two, "expected one column of labels, got 'er', 'pr'; choose one with --label"):
+        read_labels(two)
+    none = table(tmp_path, "slide_id,case_id\na,x\n")
+    with refused(none, "expected one column of labels, got none"):
+        read_labels(none)
+
+
+def test_tabs_quotes_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
+    text = '\ufeffslide_id,case_id,label\r\n\r\n"a, b",x,0\r\n,,\r\n c ,y,1\r\n\r\n'
+    assert read_labels(table(tmp_path, text)).table.index.tolist() == ["a, b", "c"]
+    tabs = table(tmp_path, "slide_id\tlabel\na,b\t0\nc\t1\n", "labels.tsv")
+    assert read_labels(tabs).table.index.tolist() == ["a,b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("expected a header and rows, got an empty file",)),
+        ("\n\n,,\n", ("expected a header and rows, got an empty file",)),
+        ("slide_id,label\n", ("expected a row for each slide, got a header alone",)),
+        ("slide,label\na,1\n", ("expected a column 'slide_id', got 'slide', 'label'",)),
+        ("slide_id;label\na;1\n", ("expected a column 'slide_id', got 'slide_id;label'",)),
+        ("slide_id,label,label\na,1,0\n", ("expected each column once, got 'label' twice",)),
+        ("slide_id,label\na,1\n\nb,0\na,0\n", ("line 5: expected each slide once, got 'a' again (first on line 2)",)),
+        ("slide_id,label\na,1\nb\n", ("line 3: expected 2 cells, got 1; mend the line",)),
+        ("slide_id,label\na,1\nb,0,2\n", ("line 3: expected 2 cells, got 3",)),
+        ("slide_id,label\na,1\n ,0\n", ("line 3: expected a slide_id and a case_id, got an empty cell",)),
+        ("slide_id,case_id,label\na,,1\n", ("line 2: expected a slide_id and a case_id",)),
+        ("slide_id,label\na,1\nb,1\n", ("column 'label': expected two or more classes, got '1'",)),
+        ("slide_id,label\na,\nb,NA\n", ("expected two or more classes, got none",)),
+        ("slide_id,label\na,0.5\nb,1\n", ("expected classes, got fractions such as 0.5; bin the values",)),
+        ("slide_id,label\na,1e-3\nb,inf\n", ("got fractions such as 1e-3",)),
+        ('slide_id,label\n"a,1\n', ("expected a CSV table in UTF-8, got",)),
+    ],
+)
+def test_one_line_names_the_file_and_the_line(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    path = table(tmp_path, text)
+    with refused(f"{path}: ", *parts):
+        read_labels(path)
+
+
+def test_a_file_that_is_no_table(tmp_path: Path) -> None:
+    with refused(f"{tmp_path / 'none.csv'}: expected a CSV table, got nothing there; check the path"):
+        read_labels(tmp_path / "none.csv")
+    with refused(f"{tmp_path}: expected a CSV table, got a folder"):
+        read_labels(tmp_path)
+    path = tmp_path / "a.csv"
+    path.write_bytes("slide_id,label\nGrün,1\n".encode("latin-1"))
+    with refused(path, "expected a CSV table in UTF-8"):
+        read_labels(path)
+
+
+def test_a_long_list_of_columns_or_classes_is_cut(tmp_path: Path) -> None:
+    path = table(tmp_path, ",".join(f"column{i}" for i in range(500)) + "\n1\n")
+    with refused("... (500 in all)"):
+        read_labels(path)
+
+
+ids = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.dictionaries(ids, st.tuples(ids, st.sampled_from(["0", "1", "", "2"])), min_size=1, max_size=8))
+def test_any_ids_come_back(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[str, str]]) -> None:
+    def quoted(cell: str) -> str:
+        return '"' + cell.replace('"', '""') + '"'
+
+    lines = [",".join(map(quoted, (slide, case, label))) for slide, (case, label) in rows.items()]
+    path = table(tmp_path_factory.mktemp("any"), "slide_id,case_id,label\n" + "\n".join(lines))
+    got = read_labels(path, classes=("0", "1", "2")).table
+    assert got.index.tolist() == list(rows)
+    assert got["case_id"].tolist() == [case for case, _ in rows.values()]
+    assert got["label"].tolist() == [int(label or -1) for _, label in rows.values()]
+
+
+def test_real_labels(shared_data: Path) -> None:
+    got = read_labels(shared_data / "colon" / "labels.csv")
+    assert (len(got), got.classes, got.table["case_id"].nunique()) == (100, ("0", "1"), 40)
+    assert got.table["label"].value_counts().to_dict() == {1: 51, 0: 49}
