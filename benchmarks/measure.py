@@ -31,3 +31,11 @@ def copy_rate(device: str = "cpu", megabytes: int = 256) -> float:
     target = torch.empty_like(source)
     seconds = interleaved({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
     return 2 * source.nbytes / seconds
+
+
+def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a large matrix product: the ceiling of what is bound by arithmetic."""
+    n = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = interleaved({"product": lambda: a @ b}, rounds=9)["product"]
+    return 2 * n**3 / seconds

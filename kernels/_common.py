@@ -1,8 +1,8 @@
 """What all kernels share: launching, which tile of which bag a program owns, dropout bits, and pooling of a tile.
 
 A tile is BLOCK rows of one bag. Bag b is given the programs from offsets[b] // BLOCK + b to those of bag b + 1: never
-fewer than it has tiles, at most one more, and N // BLOCK + B in all. So the grid follows on the host from N and B alone,
-a program finds its bag by a binary search, no tile crosses a bag, and a giant bag is spread over many programs.
+fewer than it has tiles, at most one more, and N // BLOCK + B in all. So the grid follows on the host from N and B
+alone, a program finds its bag by a binary search, no tile crosses a bag, and a giant bag is spread over many programs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ INF = tl.constexpr(float("inf"))
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any
+) -> None:
     """The one place where kernels are started: on the device of the first tensor; an empty grid starts nothing."""
     if 0 in grid:
         return
@@ -45,8 +47,12 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed: exactly, or as tf32 where torch is told to allow it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """How float32 products are computed in an op on `dtype`.
+
+    Exactly, where the op is of float32 and torch is not told to allow tf32; as tf32 where it is, and where the op is of
+    half precision, whose own products don't ask.
+    """
+    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
 @triton.jit
@@ -80,7 +86,7 @@ def product(a, b, PRECISION: tl.constexpr):
 def dropout_words(seed, rows, first_column, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """(BLOCK, COLUMNS) words of Philox 4x32-10: the low 16 bits are of the tanh branch, the high 16 of the σ branch.
 
-    Counter (row mod 2^32, row div 2^32, column div 4, 0); column d takes word d mod 4. `first_column` is a multiple of 4.
+    Counter (row mod 2^32, row div 2^32, column div 4, 0); column d takes word d mod 4. `first_column` divides by 4.
     """
     zero = tl.zeros([BLOCK, COLUMNS // 4], tl.uint32)
     low = zero + (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]

@@ -1,7 +1,7 @@
 """What every pooling op does after its tiles: combine them to bags, and the backward of softmax and weighted sum.
 
-out[b, h] = Σ_i α_ih v_i with α = exp(s − max) / Σ. A tile gives its own maximum, Σ exp and Σ exp · v; combining scales these
-to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − g_bh · out_bh), dv_i = Σ_h α_ih g_bh.
+out[b, h] = Σ_i α_ih v_i with α = exp(s − max) / Σ. A tile gives its own maximum, Σ exp and Σ exp · v; combining scales
+these to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − g_bh · out_bh), dv_i = Σ_h α_ih g_bh.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def pool_backward_kernel(
     dots = tl.zeros([BLOCK, HEADS_PADDED], tl.float32)
     for start in range(0, L, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        g = tl.load(grad + at[:, None] * L + columns[None, :], is_head[:, None] & (columns < L)[None, :], 0.0)  # (HP, C)
+        g = tl.load(
+            grad + at[:, None] * L + columns[None, :], is_head[:, None] & (columns < L)[None, :], 0.0
+        )  # (HP, C)
         there = inside[:, None] & (columns < L)[None, :]
         if NEED_SCORES:
             x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
@@ -170,7 +172,7 @@ def pool_backward(
     inner = (grad.float() * pooled.float()).sum(2)  # (B, H)
     d_values = add_to if add_to is not None else values.new_empty(rows, width) if needs[0] else None
     d_scores = weights.new_empty(rows, heads, dtype=torch.float32) if needs[1] else None
-    tiles = POOL.choose(width, values.dtype)
+    tiles = POOL.choose(width, values.dtype)._replace(warps=8)  # with 4, two passes over a tile would spill
     launch(
         pool_backward_kernel,
         (tile_programs(rows, bags, tiles.rows),),

@@ -18,11 +18,11 @@ BACKENDS = ("triton", "cuda", "native", "torch")
 
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
-    "gated_attention_pool": ("torch",),
+    "gated_attention_pool": ("triton", "torch"),
     "attention_pool": ("triton", "torch"),
-    "memory_similarity": ("torch",),
-    "memory_guided_pool": ("torch",),
-    "soft_angle_loss": ("torch",),
+    "memory_similarity": ("triton", "torch"),
+    "memory_guided_pool": ("triton", "torch"),
+    "soft_angle_loss": ("triton", "torch"),
     "ema_accumulate": ("native", "torch"),
     "ema_apply_": ("native", "torch"),
     "ema_scatter_": ("native", "torch"),
@@ -48,7 +48,7 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
     if backend == "native":
         return native.can_run(args)
     if backend == "triton":
-        return gpu.can_run(args)
+        return gpu.can_run(op, args)
     return True, "runs on every device"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,26 @@ from torch import Tensor
 from momkd import env
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_MEMORY_SIZES = (("classes", 32), ("slots a class", 256), ("columns", 512))
+
+
+def _memory_sizes(memory: Tensor | None = None) -> str:
+    """Why the kernels don't take a memory (C, K, S); empty if they do."""
+    if memory is None or memory.ndim != 3:
+        return ""
+    for size, (what, most) in zip(memory.shape, _MEMORY_SIZES, strict=True):
+        if size > most:
+            return f"takes a memory of at most {most} {what}, got {size}"
+    return ""
+
+
+# What an op cannot take: from its tensors, in the order in which it gives them to dispatch, to a reason or nothing.
+_LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
+    "memory_similarity": lambda args: _memory_sizes(*args[1:2]),
+    "memory_guided_pool": lambda args: _memory_sizes(*args[2:3]),
+    "soft_angle_loss": lambda args: _memory_sizes(*args[1:2]),
+}
 
 
 @cache
@@ -29,8 +49,8 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"momkd.kernels.{name}")
 
 
-def can_run(args: Sequence[Tensor | None]) -> tuple[bool, str]:
-    """Whether the Triton kernels take these tensors."""
+def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
+    """Whether the Triton kernels of `op` take these tensors; without tensors, whether they run here at all."""
     tensors = [t for t in args if t is not None]
     wanted = "cpu" if env.triton_interpreted() else "cuda"
     if other := [t.device for t in tensors if t.device.type != wanted]:
@@ -39,6 +59,8 @@ def can_run(args: Sequence[Tensor | None]) -> tuple[bool, str]:
         return False, f"runs on a GPU, the tensors are on {other[0]}"
     if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES]:
         return False, f"takes float16, bfloat16 and float32, got {str(bad[0]).removeprefix('torch.')}"
+    if op in _LIMITS and (reason := _LIMITS[op](args)):
+        return False, reason
     module, reason = triton()
     if module is None:
         return False, reason

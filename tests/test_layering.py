@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bags": {"errors"},
     **dict.fromkeys(SIDE, GROUND | SIDE),
     "reference": GROUND,
-    "kernels": GROUND,
+    "kernels": GROUND | {"reference"},  # definitions: parameter tuples, the levels of dropout
     "native": GROUND | {"_C"},
     "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},

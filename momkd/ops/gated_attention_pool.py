@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import reference
+from momkd import gpu, reference
 from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._register import custom_op
@@ -30,8 +30,12 @@ def gated_attention_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, L), offsets (B+1,) -> pooled (B, H, L), scores (N, H), stats (B, H, 2)."""
-    choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
+    if choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) == "triton":
+        result: tuple[Tensor, Tensor, Tensor] = gpu.kernels("gated_attention_pool").gated_attention_pool(
+            x, offsets, parameters, dropout_p, seed
+        )
+        return result
     return reference.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
 
 
@@ -79,11 +83,13 @@ def gated_attention_pool_backward(
     backend: str,
 ) -> list[Tensor]:
     """The seven gradients in the order x, w_v, b_v, w_u, b_u, w_a, b_a; empty where not needed."""
-    choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
-    grads = reference.gated_attention_pool_backward(
-        grad_pooled, grad_scores, x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
-    )
+    saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
+    if choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) == "triton":
+        backward = gpu.kernels("gated_attention_pool").gated_attention_pool_backward
+    else:
+        backward = reference.gated_attention_pool_backward
+    grads = backward(grad_pooled, grad_scores, *saved)
     return _gradients.pack(grads, x)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import reference
+from momkd import gpu, reference
 from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._register import custom_op
@@ -25,8 +25,11 @@ def memory_guided_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z (N, S), values (N, L), memory (C, K, S) -> pooled (B, H, L), attention (N, H), slots (N, C) int32."""
-    choose("memory_guided_pool", backend, (z, values, memory, offsets, temperature))
-    return reference.memory_guided_pool(z, values, memory, offsets, temperature, per_class)
+    arguments = z, values, memory, offsets, temperature, per_class
+    if choose("memory_guided_pool", backend, arguments[:5]) == "triton":
+        result: tuple[Tensor, Tensor, Tensor] = gpu.kernels("memory_guided_pool").memory_guided_pool(*arguments)
+        return result
+    return reference.memory_guided_pool(*arguments)
 
 
 @memory_guided_pool.register_fake
@@ -65,20 +68,12 @@ def memory_guided_pool_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of z, values and temperature; empty where not needed."""
-    choose("memory_guided_pool", backend, (z, values, memory, offsets, temperature))
-    grads = reference.memory_guided_pool_backward(
-        grad,
-        z,
-        values,
-        memory,
-        offsets,
-        temperature,
-        per_class,
-        pooled,
-        attention,
-        slots,
-        (needs[0], needs[1], needs[2]),
-    )
+    needed = needs[0], needs[1], needs[2]
+    arguments = grad, z, values, memory, offsets, temperature, per_class, pooled, attention, slots, needed
+    if choose("memory_guided_pool", backend, (z, values, memory, offsets, temperature)) == "triton":
+        grads = gpu.kernels("memory_guided_pool").memory_guided_pool_backward(*arguments)
+    else:
+        grads = reference.memory_guided_pool_backward(*arguments)
     return _gradients.pack(grads, values)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import reference
+from momkd import gpu, reference
 from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._register import custom_op
@@ -17,7 +17,9 @@ from momkd.reference.segments import accumulate_dtype
 @custom_op("memory_similarity")
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, S), memory (C, K, S) -> similarities (N, C), slots (N, C) int32."""
-    choose("memory_similarity", backend, (z, memory))
+    if choose("memory_similarity", backend, (z, memory)) == "triton":
+        result: tuple[Tensor, Tensor] = gpu.kernels("memory_similarity").memory_similarity(z, memory, reduce, tau)
+        return result
     return reference.memory_similarity(z, memory, reduce, tau)
 
 
@@ -38,8 +40,11 @@ def memory_similarity_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    choose("memory_similarity", backend, (z, memory))
-    grads = reference.memory_similarity_backward(grad, z, memory, reduce, tau, slots, (needs[0], needs[1]))
+    arguments = grad, z, memory, reduce, tau, slots, (needs[0], needs[1])
+    if choose("memory_similarity", backend, (z, memory)) == "triton":
+        grads = gpu.kernels("memory_similarity").memory_similarity_backward(*arguments)
+    else:
+        grads = reference.memory_similarity_backward(*arguments)
     return _gradients.pack(grads, z)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import reference
+from momkd import gpu, reference
 from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._register import custom_op
@@ -18,7 +18,9 @@ def soft_angle_loss(
     z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float, backend: str
 ) -> Tensor:
     """z (B, S), memory (C, K, S), labels (B,) int64 -> losses (B,)."""
-    choose("soft_angle_loss", backend, (z, memory, labels))
+    if choose("soft_angle_loss", backend, (z, memory, labels)) == "triton":
+        losses: Tensor = gpu.kernels("soft_angle_loss").soft_angle_loss(z, memory, labels, margin, tau, beta)
+        return losses
     return reference.soft_angle_loss(z, memory, labels, margin, tau, beta)
 
 
@@ -39,8 +41,11 @@ def soft_angle_loss_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    choose("soft_angle_loss", backend, (z, memory, labels))
-    grads = reference.soft_angle_loss_backward(grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1]))
+    arguments = grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1])
+    if choose("soft_angle_loss", backend, (z, memory, labels)) == "triton":
+        grads = gpu.kernels("soft_angle_loss").soft_angle_loss_backward(*arguments)
+    else:
+        grads = reference.soft_angle_loss_backward(*arguments)
     return _gradients.pack(grads, z)
 
 

@@ -1,0 +1,423 @@
+"""Compiles every Triton kernel ahead of time, as its launcher would start it, and reads the machine code.
+
+    python -m tests.aot [--arch sm_90]... [--op attention_pool]... [--json FILE]
+
+No GPU and no driver are needed. The launchers run on CPU tensors (`tests.aot_cases`); what they would have started goes
+through Triton's own argument binding and compiler for each architecture, and its disassembler gives the counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from momkd import env, gpu
+from tests.aot_cases import CASES, OPS, Case, start
+
+
+class Chip(NamedTuple):
+    """A target of Triton, and the most shared memory that a program may ask for."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+
+
+CHIPS = {
+    "sm_80": Chip("cuda", 80, 32, 163 * 1024),
+    "sm_90": Chip("cuda", 90, 32, 227 * 1024),
+    "sm_100": Chip("cuda", 100, 32, 227 * 1024),
+    "gfx942": Chip("hip", "gfx942", 64, 64 * 1024),
+}
+# From sm_90 on, the system keeps 1 KiB of each program, which cuobjdump counts and the limits above don't.
+_RESERVED_SHARED = 1024
+
+
+class Launch(NamedTuple):
+    """What a launcher would have started."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass
+class Job:
+    """One distinct compilation, and the cases that need it."""
+
+    fn: Any
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+    arch: str
+    cases: list[Case]
+
+
+@dataclass
+class Report:
+    """What one compilation became. Bytes of spills and stack are those of one thread."""
+
+    kernel: str
+    case: str
+    arch: str
+    warps: int
+    stages: int
+    parameters: tuple[str, ...] = ()
+    constants: dict[str, Any] = field(default_factory=dict)
+    cases: tuple[Case, ...] = ()
+    error: str = ""
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    stack: int = 0
+    scalar_spills: int = 0  # gfx942: scalar registers kept in lanes of vector registers
+    dots: list[tuple[int, int, int, str]] = field(default_factory=list)  # products: M, N, K, type of the operands
+    tensor: dict[str, int] = field(default_factory=dict)  # tensor-core instructions
+    loads: dict[int, int] = field(default_factory=dict)  # global loads by width in bits
+    stores: dict[int, int] = field(default_factory=dict)
+
+    def tensor_families(self) -> dict[str, int]:
+        """Counts without shapes and types: HGMMA.64x16x16.F32.BF16 is HGMMA."""
+        families: Counter[str] = Counter()
+        for name, count in self.tensor.items():
+            families["v_mfma" if name.startswith("v_mfma") else name.split(".")[0]] += count
+        return dict(families)
+
+
+def unavailable() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if env.triton_interpreted():
+        return "TRITON_INTERPRET is set: jitted functions are interpreted and cannot be compiled; unset it"
+    if gpu.triton()[0] is None:
+        return gpu.triton()[1]
+    if not Path(_cuobjdump()).is_file():
+        return "this Triton comes without cuobjdump"
+    return ""
+
+
+def _cuobjdump() -> str:
+    from triton import knobs
+
+    try:
+        return str(knobs.nvidia.cuobjdump.path)
+    except RuntimeError:  # Triton's word for "not found"
+        return ""
+
+
+# --- what would be started
+
+
+@contextmanager
+def _recording(backend: str) -> Iterator[list[Launch]]:
+    """Every launcher records what it would start on chips of this backend (cuda or hip), and starts nothing."""
+    from momkd.kernels import _common, _tuning
+
+    original, launches, here = _common.launch, list[Launch](), _tuning.PLATFORM
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any):
+        if 0 not in grid:
+            launches.append(Launch(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **meta}))
+
+    _replace_launch(original, record)
+    _tuning.PLATFORM = backend
+    try:
+        yield launches
+    finally:
+        _tuning.PLATFORM = here
+        _replace_launch(record, original)
+
+
+def _replace_launch(old: Callable[..., None], new: Callable[..., None]) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("momkd.kernels.") and getattr(module, "launch", None) is old:
+            module.launch = new
+
+
+def record(case: Case, backend: str) -> list[Launch]:
+    """The kernels that the case would start, in order."""
+    module = gpu.kernels(case.op)
+    with _recording(backend) as launches:
+        start(module, case)
+    if not launches:
+        raise RuntimeError(f"{case}: nothing was started through momkd.kernels._common.launch")
+    return launches
+
+
+def present(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """The cases whose kernels exist, and the ops that have none yet."""
+    found = {op: importlib.util.find_spec(f"momkd.kernels.{op}") is not None for op in {c.op for c in cases}}
+    return [c for c in cases if found[c.op]], sorted(op for op, is_there in found.items() if not is_there)
+
+
+# --- from a launch to a compilation
+
+
+class _NoDriver:
+    """Stands where Triton asks its driver for the target; `warmup` needs no more."""
+
+    def __init__(self, chip: Chip) -> None:
+        self.chip = chip
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.chip.backend, self.chip.arch, self.chip.warp)
+
+    def get_current_device(self) -> str:
+        return f"{self.chip.arch}"  # a key of the kernels' caches
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def _bound_for(chip: Chip, hook: Callable[..., bool]) -> Iterator[None]:
+    """Inside, `kernel.warmup` binds and specialises its arguments for the chip, shows the hook, and builds nothing."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    was_active = driver._active
+    driver.set_active(_NoDriver(chip))
+    try:
+        with knobs.runtime.scope():
+            knobs.runtime.jit_cache_hook = hook
+            yield
+    finally:
+        driver._active = was_active
+
+
+def distinct(launches: Sequence[tuple[Case, Launch]], archs: Sequence[str]) -> list[Job]:
+    """The distinct compilations of these launches, with Triton's own types, constants and attributes of arguments."""
+    jobs: dict[tuple[str, ...], Job] = {}
+    for arch in archs:
+        for case, launch in launches:
+            names = launch.kernel.arg_names
+            options = {k: v for k, v in launch.options.items() if k not in names}
+
+            def hook(*, key: str, fn: Any, compile: dict[str, Any], arch=arch, case=case, options=options, **_: Any):
+                job = Job(
+                    fn.jit_function,
+                    *(compile["signature"], compile["constants"], compile["configs"][0]),
+                    options,
+                    arch,
+                    [],
+                )
+                known = jobs.setdefault((arch, fn.module, fn.name, str(key)), job).cases
+                if case not in known:
+                    known.append(case)
+                return True
+
+            with _bound_for(CHIPS[arch], hook):
+                launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+    return list(jobs.values())
+
+
+def compile_job(job: Job) -> Report:
+    """Compiles (or finds in Triton's cache) and reads; a failure is told in the report."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = job.fn.arg_names
+    constants = {names[path[0]]: value for path, value in job.constants.items() if len(path) == 1}
+    others = f" (+{len(job.cases) - 1})" if len(job.cases) > 1 else ""
+    report = Report(
+        kernel=job.fn.__name__,
+        case=f"{job.cases[0]}{others}",
+        arch=job.arch,
+        warps=job.options["num_warps"],
+        stages=job.options["num_stages"],
+        parameters=tuple(names),
+        constants=constants,
+        cases=tuple(job.cases),
+    )
+    chip = CHIPS[job.arch]
+    source = ASTSource(job.fn, job.signature, job.constants, job.attributes)
+    try:
+        compiled = compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=dict(job.options))
+    except Exception as error:
+        report.error = f"{type(error).__name__}: {error}"
+        return report
+    report.shared = compiled.metadata.shared
+    report.dots = _dots(compiled.asm["ttir"])
+    if chip.backend == "cuda":
+        _read_cubin(compiled.asm["cubin"], report)
+    else:
+        _read_amdgcn(compiled.asm["amdgcn"], report)
+    return report
+
+
+def compile_all(cases: Sequence[Case], archs: Sequence[str], show_progress: bool = False) -> list[Report]:
+    """The reports of all distinct compilations, in the order of the cases. Triton lets go of the GIL where it works."""
+    jobs: list[Job] = []
+    broken: list[Report] = []
+    for backend in dict.fromkeys(CHIPS[arch].backend for arch in archs):
+        chips = [arch for arch in archs if CHIPS[arch].backend == backend]
+        launches: list[tuple[Case, Launch]] = []
+        for case in cases:
+            try:
+                launches += [(case, launch) for launch in record(case, backend)]
+            except Exception as error:
+                why = f"the launcher raised {type(error).__name__}: {error}"
+                broken += [Report("", f"{case}", arch, 0, 0, cases=(case,), error=why) for arch in chips]
+        jobs += distinct(launches, chips)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(compile_job, job) for job in jobs]
+        done: Iterable[Any] = as_completed(futures)
+        if show_progress:
+            done = track(done, "compiling", total=len(jobs), console=Console(stderr=True))
+        for _ in done:
+            pass
+    return [*(future.result() for future in futures), *broken]
+
+
+# --- reading
+
+
+_DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)\S* \* tensor<\d+x(\d+)x")
+_SASS = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_RESOURCES = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
+_GCN = re.compile(r"^\s+((?:v_mfma|global_load|buffer_load|flat_load|global_store|buffer_store|flat_store)\w*)", re.M)
+_GCN_META = re.compile(r"^\s+\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size): +(\d+)", re.M)
+_GCN_LDS = re.compile(r"^\s+\.group_segment_fixed_size: +(\d+)", re.M)
+_SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+_GCN_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+
+
+def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
+    return [(int(m), int(n), int(k), dtype) for m, k, dtype, n in _DOT.findall(ttir)]
+
+
+def _sass_width(opcode: str) -> int:
+    return next((_SASS_WIDTHS[part] for part in opcode.split(".") if part in _SASS_WIDTHS), 32)
+
+
+def _read_cubin(cubin: bytes, report: Report) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "--dump-resource-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(value) for name, value in _RESOURCES.findall(text)}
+    reserved = _RESERVED_SHARED if report.arch != "sm_80" else 0
+    report.registers = usage["REG"]
+    report.shared += max(0, usage["SHARED"] - reserved)
+    report.stack = usage["STACK"] + usage["LOCAL"]
+    opcodes = Counter(_SASS.findall(text))
+    tensor, loads, stores = Counter[str](), Counter[int](), Counter[int]()
+    for opcode, count in opcodes.items():
+        family = opcode.split(".")[0]
+        if family.endswith("MMA"):
+            tensor[opcode] += count
+        elif family in ("LDG", "LDGSTS"):
+            loads[_sass_width(opcode)] += count
+        elif family == "STG":
+            stores[_sass_width(opcode)] += count
+        elif family == "STL":  # ptxas counts the bytes of its spill stores in the same way
+            report.spills += count * _sass_width(opcode) // 8
+    report.tensor, report.loads, report.stores = dict(tensor), dict(loads), dict(stores)
+    if not opcodes:
+        raise RuntimeError(f"{report.kernel} on {report.arch}: cuobjdump gave no instructions")
+
+
+def _read_amdgcn(text: str, report: Report) -> None:
+    meta = {name: int(value) for name, value in _GCN_META.findall(text)}
+    report.registers = meta["vgpr_count"]
+    report.spills, report.scalar_spills = 4 * meta["vgpr_spill_count"], meta["sgpr_spill_count"]
+    report.stack = meta["private_segment_fixed_size"]
+    report.shared += sum(map(int, _GCN_LDS.findall(text)))
+    tensor, loads, stores = Counter[str](), Counter[int](), Counter[int]()
+    for opcode, count in Counter(_GCN.findall(text)).items():
+        if opcode.startswith("v_mfma"):
+            tensor[opcode] += count
+        else:
+            width = next((bits for name, bits in _GCN_WIDTHS.items() if name in opcode.split("_")), 8)
+            (loads if "_load" in opcode else stores)[width] += count
+    report.tensor, report.loads, report.stores = dict(tensor), dict(loads), dict(stores)
+
+
+# --- the command
+
+
+def problem(report: Report) -> str:
+    """Why the kernel can't run on its chip, or nothing."""
+    limit = CHIPS[report.arch].shared
+    too_much = f"{report.shared} bytes of shared memory, the chip has {limit}" if report.shared > limit else ""
+    return report.error or too_much
+
+
+def table(reports: Iterable[Report]) -> Table:
+    shown = Table("kernel", "case", "arch", "warps/\nstages", title="Ahead of time, by reading the machine code")
+    for name in ("registers", "shared", "spills", "stack"):
+        shown.add_column(name, justify="right")
+    shown.add_column("tensor cores")
+    shown.add_column("widest\nload", justify="right")
+    for r in reports:
+        start = (r.kernel, r.case, r.arch, f"{r.warps}/{r.stages}")
+        if r.error:
+            shown.add_row(*start, "failed")
+            continue
+        bad = "[red]{}[/red]"
+        numbers = (
+            str(r.registers),
+            (bad if problem(r) else "{}").format(r.shared),
+            (bad if r.spills else "{}").format(r.spills),
+            (bad if r.stack else "{}").format(r.stack),
+        )
+        tensor = ", ".join(f"{count} {name}" for name, count in sorted(r.tensor_families().items()))
+        shown.add_row(*start, *numbers, tensor or "-", str(max(r.loads, default=0)))
+    return shown
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    arch: Annotated[list[str] | None, typer.Option("--arch", help=f"{', '.join(CHIPS)}; may be repeated.")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help=f"{', '.join(OPS)}; may be repeated.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was read there.")] = None,
+) -> None:
+    """Compile all kernels for these architectures and show what they became. Exit 1 where one could not run."""
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    archs, ops = arch or list(CHIPS), op or list(OPS)
+    unknown = [f"--arch {a}: expected {', '.join(CHIPS)}" for a in archs if a not in CHIPS]
+    unknown += [f"--op {o}: expected {', '.join(OPS)}" for o in ops if o not in OPS]
+    if reason := next(iter(unknown), "") or unavailable():
+        errors.print(reason, markup=False)
+        raise typer.Exit(2)
+    cases, missing = present([case for case in CASES if case.op in ops])
+    for name in missing:
+        errors.print(f"{name}: skipped, there is no momkd.kernels.{name}", markup=False)
+    reports = compile_all(cases, archs, show_progress=True)
+    out = Console()
+    Console(width=None if out.is_terminal else 180).print(table(reports))
+    if json_file:
+        rows = [{k: v for k, v in asdict(r).items() if k != "cases"} | {"cases": [*map(str, r.cases)]} for r in reports]
+        json_file.write_text(json.dumps(rows, indent=1, default=str) + "\n")
+    problems = [f"{r.kernel}, {r.case}, {r.arch}: {problem(r)}" for r in reports if problem(r)]
+    for line in problems:
+        errors.print(line, markup=False)
+    raise typer.Exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    app()

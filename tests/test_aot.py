@@ -1,0 +1,157 @@
+"""The kernels' machine code, compiled ahead of time: nothing spills, products use tensor cores, rows are read wide.
+
+`python -m tests.aot` shows the numbers that these tests judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import pytest
+import torch
+
+from momkd import gpu
+from tests import aot
+from tests.aot import Report
+from tests.aot_cases import CASES, HALF, OPS, SINGLE, Case
+
+if reason := aot.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+# Kernels that hold a product in every case of an op, and those that don't with a single head, which is summed.
+PRODUCTS = {
+    "attention_pool": (),
+    "gated_attention_pool": ("gated_attention_pool_fwd_kernel", "gate_gradient_kernel"),
+    "memory_similarity": ("memory_similarity_fwd_kernel",),
+    "memory_guided_pool": (),
+    "soft_angle_loss": ("soft_angle_loss_fwd_kernel", "soft_angle_loss_bwd_kernel"),
+}
+PRODUCTS_OF_HEADS = {"attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel")}
+# Kernels that read the rows of a bag from end to end.
+STREAMS = {
+    "attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel"),
+    "gated_attention_pool": ("gated_attention_pool_fwd_kernel", "pool_backward_kernel"),
+    "memory_guided_pool": ("pool_backward_kernel",),
+}
+SOME_OR_ALL = [pytest.param(False, id="default"), pytest.param(True, id="all", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=OPS)
+def op(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if aot.present([case for case in CASES if case.op == name])[1]:
+        pytest.skip(f"there is no momkd.kernels.{name} yet")
+    return name
+
+
+@cache
+def compiled(op: str, arch: str, every: bool) -> tuple[Report, ...]:
+    return tuple(aot.compile_all([case for case in CASES if case.op == op and (every or case.default)], [arch]))
+
+
+def name(report: Report) -> str:
+    return f"{report.kernel} ({report.case}, {report.arch})"
+
+
+def unfit(reports: Iterable[Report]) -> list[str]:
+    """Kernels that could not be compiled or could not be started."""
+    return [f"{name(r)}: {aot.problem(r)}" for r in reports if aot.problem(r)]
+
+
+def spilled(reports: Iterable[Report]) -> list[str]:
+    return [f"{name(r)}: {r.spills} bytes spilled, a stack of {r.stack}" for r in reports if r.spills or r.stack]
+
+
+def off_tensor_cores(reports: Iterable[Report]) -> list[str]:
+    """Products of 16-bit values on sm_90: 64 rows or more are HGMMA's, fewer at least HMMA's."""
+    found = []
+    for r in reports:
+        rows = [m for m, _, _, dtype in r.dots if dtype in ("bf16", "f16")]
+        families = r.tensor_families()
+        if rows and not families:
+            found.append(f"{name(r)}: a product of {max(rows)} rows and no tensor-core instruction")
+        elif rows and max(rows) >= 64 and "HGMMA" not in families:
+            found.append(f"{name(r)}: a product of {max(rows)} rows and no HGMMA, only {families}")
+    return found
+
+
+def narrow(report: Report) -> str:
+    """What is wrong where fewer 128-bit loads were found than one tile of rows takes of each thread."""
+    case = report.cases[0]
+    tile = report.constants["BLOCK"] * report.constants["COLUMNS"] * case.dtype.itemsize
+    needed = max(1, tile // (32 * report.warps * 16))
+    wide = sum(count for bits, count in report.loads.items() if bits >= 128)
+    return "" if wide >= needed else f"{name(report)}: a tile takes {needed} loads of 128 bits, found {report.loads}"
+
+
+def aligned(report: Report) -> bool:
+    return report.cases[0].sizes["L"] % 16 == 0
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+@pytest.mark.parametrize("arch", aot.CHIPS)
+def test_compiles_and_fits(op: str, arch: str, every: bool) -> None:
+    reports = compiled(op, arch, every)
+    assert reports
+    assert unfit(reports) == []
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_nothing_spills(op: str, every: bool) -> None:
+    assert spilled(compiled(op, "sm_90", every)) == []
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_products_use_tensor_cores(op: str, every: bool) -> None:
+    reports = compiled(op, "sm_90", every)
+    assert off_tensor_cores(reports) == []
+    half = [r for r in reports if r.cases[0].dtype != SINGLE]
+    expected = PRODUCTS[op]
+    if several := [r for r in half if r.cases[0].sizes.get("H", 1) > 1]:
+        expected += PRODUCTS_OF_HEADS.get(op, ())
+    for kernel in expected:
+        of_kernel = [r for r in (several if kernel in PRODUCTS_OF_HEADS.get(op, ()) else half) if r.kernel == kernel]
+        assert of_kernel, f"{kernel} was not compiled"
+        assert [name(r) for r in of_kernel if not r.tensor] == []
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_rows_are_read_128_bits_at_a_time(op: str, every: bool) -> None:
+    reports = [r for r in compiled(op, "sm_90", every) if r.kernel in STREAMS.get(op, ())]
+    # Where only the gradient of the values is asked for, they are not read.
+    reports = [r for r in reports if aligned(r) and r.constants.get("NEED_SCORES", True)]
+    assert {r.kernel for r in reports} == set(STREAMS.get(op, ()))
+    assert [trouble for r in reports if (trouble := narrow(r))] == []
+
+
+# --- what the tests above judge shows in kernels that are cut badly on purpose
+
+BAD = Case("attention_pool", HALF, {"L": 1024, "H": 4})
+
+
+def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from momkd.kernels._tuning import Choices, Tiles
+
+    tiles = Tiles(256, 256)
+    for module in ("attention_pool", "segment_pool"):
+        monkeypatch.setattr(gpu.kernels(module), "POOL", Choices(half=tiles, single=tiles))
+    reports = aot.compile_all([BAD], ["sm_90"])
+    assert not any(r.error for r in reports)
+    assert spilled(reports)
+    assert unfit(reports)
+
+
+def test_too_few_warps_for_hgmma_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "cuda")]
+    monkeypatch.setattr(aot, "record", lambda *_: launches)
+    assert off_tensor_cores(aot.compile_all([BAD], ["sm_90"]))
+
+
+def test_narrow_loads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows_that_begin_anywhere(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(x.shape[0], x.shape[1] + 1, dtype=x.dtype)[:, :-1]
+
+    monkeypatch.setattr(gpu.kernels("attention_pool"), "rows_of", rows_that_begin_anywhere)
+    reports = aot.compile_all([BAD], ["sm_90"])
+    assert {r.kernel for r in reports if "values" in r.parameters and narrow(r)} == set(STREAMS["attention_pool"])
