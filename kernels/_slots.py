@@ -1,8 +1,9 @@
 """What the ops on the memory share: the bank of unit prototypes, cosines with it, and the gradient through the cosines.
 
-A program owns a tile of rows. The bank lies as (C, K', S') in the type of the rows, K' and S' padded with zeros to whole
-tiles, so that it is read without masks. Where a row fits into one chunk of columns (WHOLE, EVEN) it is read once; a longer one
-is read again, chunk by chunk, for each block of slots. A row that is not finite has NaN for its cosines, and slot 0.
+A program owns a tile of rows. The bank lies as (C, K', S') in the type of the rows, K' and S' padded with zeros to
+whole tiles, so that it is read without masks. A row that fits into one chunk of columns is read once; a longer one is
+read again, chunk by chunk, for each block of slots. S is a constant of the compiler, as a model's width is. A row that
+is not finite has NaN for its cosines, and slot 0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from momkd.kernels._common import INF, precision, product
-from momkd.kernels._tuning import MEMORY, SlotTiles
+from momkd.kernels._tuning import MEMORY, SlotTiles, register_limit
 
 EPS = tl.constexpr(1e-12)
 
@@ -37,9 +38,9 @@ class Bank(NamedTuple):
             "SLOTS": tiles.slots,
             "BLOCK": tiles.rows,
             "COLUMNS": tiles.columns,
-            "WHOLE": self.sizes[2] <= tiles.columns,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            **register_limit(),
         }
 
     @property
@@ -67,24 +68,36 @@ def unit_bank_backward(d_unit: Tensor, memory: Tensor, bank: Bank) -> Tensor:
 
 
 @triton.jit
-def row_columns(z, z_stride, rows, inside, start, S, COLUMNS: tl.constexpr):
-    """(BLOCK, COLUMNS) of the rows from column `start` on; zero outside."""
-    columns = start + tl.arange(0, COLUMNS)
-    return tl.load(
-        z + rows[:, None] * z_stride + columns[None, :], inside[:, None] & (columns < S)[None, :], 0.0
-    )
+def tile_rows(first, end, BLOCK: tl.constexpr):
+    """(BLOCK,) rows from `first` on, and which of them lie before `end`; those after it are the last one again.
+
+    So rows are read without masks, and only what is written, or summed over rows, looks at the second result.
+    """
+    rows = first + tl.arange(0, BLOCK)
+    return tl.minimum(rows, end - 1), rows < end
 
 
 @triton.jit
-def row_norms(first, z, z_stride, rows, S, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr):
-    """max(|z|, eps) (BLOCK,). `first` are the first columns of the rows: with WHOLE all of them, else not looked at."""
-    if WHOLE:
+def row_columns(z, z_stride, rows, start, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """(BLOCK, COLUMNS) of the rows from column `start` on; zero after the last column."""
+    columns = start + tl.arange(0, COLUMNS)
+    here = z + rows[:, None] * z_stride + columns[None, :]
+    if S % COLUMNS == 0:
+        return tl.load(here)
+    else:
+        return tl.load(here, (columns < S)[None, :], 0.0)
+
+
+@triton.jit
+def row_norms(first, z, z_stride, rows, S: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """max(|z|, eps) (BLOCK,). `first` are the first columns; where there are more, they too are read here."""
+    if S <= COLUMNS:
         x = first.to(tl.float32)
         square = tl.sum(x * x, 1)
     else:
         square = tl.zeros([BLOCK], tl.float32)
         for start in range(0, S, COLUMNS):
-            x = row_columns(z, z_stride, rows, start, S, COLUMNS, EVEN).to(tl.float32)
+            x = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32)
             square += tl.sum(x * x, 1)
     norm = tl.sqrt(square)
     return tl.where(norm <= EPS, EPS, norm)
@@ -105,26 +118,23 @@ def slot_cosines(
     z,
     z_stride,
     rows,
-    inside,
     bank,
     c,
     slots,
     K,
-    S,
+    S: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK, SLOTS) cosines of the rows with some slots of class c; −inf for slots that there are not."""
-    if WHOLE:
+    if S <= COLUMNS:
         dots = product(first, tl.trans(bank_columns(bank, c, slots, K, S, 0, SLOTS, COLUMNS)), PRECISION)
     else:
         dots = tl.zeros([BLOCK, SLOTS], tl.float32)
         for start in range(0, S, COLUMNS):
-            x = row_columns(z, z_stride, rows, start, S, COLUMNS, EVEN)
+            x = row_columns(z, z_stride, rows, start, S, COLUMNS)
             dots += product(x, tl.trans(bank_columns(bank, c, slots, K, S, start, SLOTS, COLUMNS)), PRECISION)
     return tl.where((slots < K)[None, :], dots / norm[:, None], -INF)
 
@@ -134,24 +144,21 @@ def class_similarities(
     z,
     z_stride,
     rows,
-    inside,
     bank,
     C,
     K,
-    S,
+    S: tl.constexpr,
     tau,
     LSE: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK, CLASSES) similarities, 0 for classes that there are not, and the slots of the largest cosines."""
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, EVEN)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, WHOLE, EVEN)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
     classes = tl.arange(0, CLASSES)
     similarities = tl.zeros([BLOCK, CLASSES], tl.float32)
     nearest = tl.zeros([BLOCK, CLASSES], tl.int32)
@@ -162,7 +169,7 @@ def class_similarities(
         for start in range(0, K, SLOTS):
             cosines = slot_cosines(
                 *(first, norm, z, z_stride, rows, bank, c, start + tl.arange(0, SLOTS)),
-                *(K, S, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION),
+                *(K, S, SLOTS, BLOCK, COLUMNS, PRECISION),
             )
             # What is larger than any cosine is found by the maximum, a NaN may be not.
             cosines = tl.where(cosines != cosines, INF, cosines)
@@ -183,9 +190,9 @@ def class_similarities(
 
 
 @triton.jit
-def nearest_columns(bank, nearest, rows, inside, c, C, K, S, start, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
+def nearest_columns(bank, nearest, rows, c, C, K, S, start, SLOTS: tl.constexpr, COLUMNS: tl.constexpr):
     """(BLOCK, COLUMNS) float32 of the prototype of class c that is nearest to each row."""
-    slot = tl.load(nearest + rows * C + c, inside, 0)
+    slot = tl.load(nearest + rows * C + c)
     return bank_columns(bank, c, slot, K, S, start, SLOTS, COLUMNS).to(tl.float32)
 
 
@@ -194,42 +201,41 @@ def nearest_cosines(
     z,
     z_stride,
     rows,
-    inside,
     bank,
     nearest,
     C,
     K,
-    S,
+    S: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     """(BLOCK, CLASSES) cosines of the rows with their nearest slots (N, C), 0 where no class is; and max(|z|, eps)."""
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, EVEN)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, WHOLE, EVEN)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
     classes = tl.arange(0, CLASSES)
     cosines = tl.zeros([BLOCK, CLASSES], tl.float32)
     for c in range(0, C):
-        if WHOLE:
-            m = nearest_columns(bank, nearest, rows, inside, c, C, K, S, 0, SLOTS, COLUMNS)
+        if S <= COLUMNS:
+            m = nearest_columns(bank, nearest, rows, c, C, K, S, 0, SLOTS, COLUMNS)
             dot = tl.sum(first.to(tl.float32) * m, 1)
         else:
             dot = tl.zeros([BLOCK], tl.float32)
             for start in range(0, S, COLUMNS):
-                x = row_columns(z, z_stride, rows, start, S, COLUMNS, EVEN).to(tl.float32)
-                dot += tl.sum(x * nearest_columns(bank, nearest, rows, inside, c, C, K, S, start, SLOTS, COLUMNS), 1)
+                x = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32)
+                dot += tl.sum(x * nearest_columns(bank, nearest, rows, c, C, K, S, start, SLOTS, COLUMNS), 1)
         cosines = tl.where((classes == c)[None, :], (dot / norm)[:, None], cosines)
     return cosines, norm
 
 
 @triton.jit
-def store_row_gradient(d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS: tl.constexpr):
-    """d_z of some columns from the gradient of the unit rows and its product with them; 0 for rows that are not live."""
+def store_row_gradient(
+    d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """d_z of some columns from the gradient of the unit rows and its product with them; 0 for rows not `live`."""
     columns = start + tl.arange(0, COLUMNS)
-    unit = row_columns(z, z_stride, rows, start, S, COLUMNS, EVEN).to(tl.float32) / norm[:, None]
+    unit = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32) / norm[:, None]
     # Where the norm was clamped, the division was by a constant.
     along = tl.where(norm <= EPS, 0.0, radial)
     d = tl.where(live[:, None], (d_unit - unit * along[:, None]) / norm[:, None], 0.0)
@@ -251,7 +257,7 @@ def nearest_backward(
     d_z,
     C,
     K,
-    S,
+    S: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -265,5 +271,5 @@ def nearest_backward(
         d_unit = tl.zeros([BLOCK, COLUMNS], tl.float32)
         for c in range(0, C):
             g = tl.sum(tl.where((classes == c)[None, :], d_similarities, 0.0), 1)
-            d_unit += g[:, None] * nearest_columns(bank, nearest, rows, inside, c, C, K, S, start, SLOTS, COLUMNS)
+            d_unit += g[:, None] * nearest_columns(bank, nearest, rows, c, C, K, S, start, SLOTS, COLUMNS)
         store_row_gradient(d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS)

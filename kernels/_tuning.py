@@ -32,6 +32,7 @@ class Choices(NamedTuple):
 
 
 POOL = Choices(half=Tiles(64, 128), single=Tiles(64, 64))
+POOL_BACKWARD = Choices(half=Tiles(64, 128, 8), single=Tiles(64, 64, 8))  # with 4 warps, holding both gradients spills
 
 
 class GateTiles(NamedTuple):
@@ -98,3 +99,8 @@ class SlotChoices(NamedTuple):
 
 
 MEMORY = SlotChoices(half=SlotTiles(64, 64, 64), single=SlotTiles(32, 32, 64))
+
+
+def register_limit() -> dict[str, int]:
+    """All registers that a thread may have: left alone, ptxas spills a few bytes to fit one more program."""
+    return {"maxnreg": 255} if PLATFORM == "cuda" else {}

@@ -1,9 +1,9 @@
 """memory_guided_pool: attention that asks the memory which patches look like which class.
 
 s_ic = max_k cos(z_i, M_ck). Two classes, one branch: score_i = (s_i1 − s_i0) / temperature. One branch a class:
-score_ic = (s_ic − max_{c' ≠ c} s_ic') / temperature. Softmax over the bag, weighted sum of the values: one pass over z and
-values. The memory is a constant. Backward: that of the pooling gives the scores' gradient; from there a second kernel
-goes to z, by the cosines with the nearest slots, and to the temperature.
+score_ic = (s_ic − max_{c' ≠ c} s_ic') / temperature. Softmax over the bag, weighted sum of the values: one pass over z
+and values. The memory is a constant. Backward: that of the pooling gives the scores' gradient; from there a second
+kernel goes to z, by the cosines with the nearest slots, and to the temperature.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from momkd.kernels._common import (
     rows_of,
     tile_programs,
 )
-from momkd.kernels._slots import Bank, class_similarities, nearest_backward, nearest_cosines, unit_bank
+from momkd.kernels._slots import Bank, class_similarities, nearest_backward, nearest_cosines, tile_rows, unit_bank
 from momkd.kernels._tuning import POOL
 from momkd.kernels.segment_pool import combine, pool_backward
 
@@ -70,7 +70,7 @@ def memory_guided_pool_fwd_kernel(
     partial_stats,  # (T, H, 2) float32
     C,
     K,
-    S,
+    S: tl.constexpr,
     L,
     PER_CLASS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -79,8 +79,6 @@ def memory_guided_pool_fwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
     VALUE_PRECISION: tl.constexpr,
@@ -88,11 +86,10 @@ def memory_guided_pool_fwd_kernel(
     _, first, end = locate_tile(offsets, bags, BLOCK)
     if first >= end:
         return
-    rows = first + tl.arange(0, BLOCK)
-    inside = rows < end
+    rows, inside = tile_rows(first, end, BLOCK)
     s, slots = class_similarities(
-        *(z, z_stride, rows, inside, bank, C, K, S, 1.0),
-        *(False, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION),
+        *(z, z_stride, rows, bank, C, K, S, 1.0),
+        *(False, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
     )
     classes = tl.arange(0, CLASSES)
     tl.store(nearest + rows[:, None] * C + classes[None, :], slots, inside[:, None] & (classes < C)[None, :])
@@ -145,22 +142,17 @@ def memory_guided_pool_bwd_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     PER_CLASS: tl.constexpr,
     NEED_Z: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    rows = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < N
-    s, norm = nearest_cosines(
-        z, z_stride, rows, inside, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE
-    )
+    rows, inside = tile_rows(tile.to(tl.int64) * BLOCK, N, BLOCK)
+    s, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS)
     classes = tl.arange(0, CLASSES)[None, :]
     if PER_CLASS:
         both = inside[:, None] & (classes < C)

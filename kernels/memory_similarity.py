@@ -25,6 +25,7 @@ from momkd.kernels._slots import (
     row_norms,
     slot_cosines,
     store_row_gradient,
+    tile_rows,
     unit_bank,
     unit_bank_backward,
 )
@@ -43,21 +44,19 @@ def memory_similarity_fwd_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     tau,
     LSE: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, slots = class_similarities(
-        *(z, z_stride, rows, inside, bank, C, K, S, tau),
-        *(LSE, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION),
+        *(z, z_stride, rows, bank, C, K, S, tau),
+        *(LSE, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
     )
     classes = tl.arange(0, CLASSES)
     at = rows[:, None] * C + classes[None, :]
@@ -77,20 +76,16 @@ def max_backward_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     classes = tl.arange(0, CLASSES)
     g = tl.load(grad + rows[:, None] * C + classes[None, :], inside[:, None] & (classes < C)[None, :], 0.0)
-    cosines, norm = nearest_cosines(
-        z, z_stride, rows, inside, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE
-    )
+    cosines, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS)
     nearest_backward(
         *(g, cosines, norm, z, z_stride, rows, inside, bank, nearest, d_z, C, K, S),
         *(CLASSES, SLOTS, BLOCK, COLUMNS),
@@ -108,32 +103,30 @@ def lse_backward_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     tau,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns a tile of rows and a chunk of columns of d_z."""
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     start = tl.program_id(1) * COLUMNS
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, EVEN)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, WHOLE, EVEN)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
     d_unit = tl.zeros([BLOCK, COLUMNS], tl.float32)
     radial = tl.zeros([BLOCK], tl.float32)
     live = tl.zeros([BLOCK], tl.int32)
     for c in range(0, C):
         g = tl.load(grad + rows * C + c, inside, 0.0)
-        s = tl.load(similarities + rows * C + c, inside, 0.0)
+        s = tl.load(similarities + rows * C + c)
         live |= (g != 0).to(tl.int32)
         for block in range(0, K, SLOTS):
             slots = block + tl.arange(0, SLOTS)
             cosines = slot_cosines(
-                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION)
+                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, PRECISION)
             )
             shares = tl.exp(tau * (cosines - s[:, None]))  # (BLOCK, SLOTS)
             radial += g * tl.sum(shares * tl.where((slots < K)[None, :], cosines, 0.0), 1)
@@ -154,15 +147,13 @@ def bank_backward_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     tau,
     LSE: tl.constexpr,
     CLASSES: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns every parts-th tile of rows, a block of slots of one class, and a chunk of columns."""
@@ -172,10 +163,9 @@ def bank_backward_kernel(
     start = tl.program_id(2) * COLUMNS
     summed = tl.zeros([SLOTS, COLUMNS], tl.float32)
     for tile in range(part, tl.cdiv(N, BLOCK), parts):
-        rows = tl.arange(0, BLOCK).to(tl.int64) + tile * BLOCK
-        inside = rows < N
-        first = row_columns(z, z_stride, rows, 0, S, COLUMNS, EVEN)
-        norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, WHOLE, EVEN)
+        rows, inside = tile_rows((part * 0 + tile).to(tl.int64) * BLOCK, N, BLOCK)
+        first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
+        norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
         g = tl.load(grad + rows * C + c, inside, 0.0)
         # As shares of the largest gradient in the tile: small ones would vanish in float16.
         largest = tl.max(tl.abs(g), 0)
@@ -183,15 +173,15 @@ def bank_backward_kernel(
         scaled = (g / largest)[:, None]
         if LSE:
             cosines = slot_cosines(
-                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION)
+                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, PRECISION)
             )
-            s = tl.load(similarities + rows * C + c, inside, 0.0)
+            s = tl.load(similarities + rows * C + c)
             shares = scaled * tl.exp(tau * (cosines - s[:, None]))
         else:
-            slot = tl.load(nearest + rows * C + c, inside, 0)
+            slot = tl.load(nearest + rows * C + c)
             shares = tl.where(slot[:, None] == slots[None, :], scaled, 0.0)
         live = (g != 0)[:, None]
-        x = row_columns(z, z_stride, rows, start, S, COLUMNS, EVEN)
+        x = row_columns(z, z_stride, rows, start, S, COLUMNS)
         unit = tl.where(live, x.to(tl.float32) / norm[:, None], 0.0)
         shares = tl.where(live, shares, 0.0)
         summed += largest * product(tl.trans(shares.to(x.dtype)), unit.to(x.dtype), PRECISION)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from momkd.kernels._common import INF, launch, locate_tile, padded_heads, precision, product, spread, tile_programs
-from momkd.kernels._tuning import POOL, Tiles
+from momkd.kernels._tuning import POOL_BACKWARD, Tiles
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def pool_backward(
     inner = (grad.float() * pooled.float()).sum(2)  # (B, H)
     d_values = add_to if add_to is not None else values.new_empty(rows, width) if needs[0] else None
     d_scores = weights.new_empty(rows, heads, dtype=torch.float32) if needs[1] else None
-    tiles = POOL.choose(width, values.dtype)._replace(warps=8)  # with 4, two passes over a tile would spill
+    tiles = POOL_BACKWARD.choose(width, values.dtype)
     launch(
         pool_backward_kernel,
         (tile_programs(rows, bags, tiles.rows),),

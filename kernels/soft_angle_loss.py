@@ -1,8 +1,8 @@
 """soft_angle_loss: a vector should lie nearer to its own class's slots than to any other's, by a margin.
 
 s_c = (1/τ) · log Σ_k exp(τ · cos(z, M_ck));  Δ = s_y − max_{c ≠ y} s_c;  loss = softplus(β · (margin − Δ)).
-Backward: dΔ = −β σ(β (margin − Δ)) g goes to s_y, and with the other sign to the largest other. A label of −1 gives loss
-0 and no gradient, whatever its row holds.
+Backward: dΔ = −β σ(β (margin − Δ)) g goes to s_y, and with the other sign to the largest other. A label of −1 gives
+loss 0 and no gradient, whatever its row holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from momkd.kernels._common import INF, launch, rows_of
-from momkd.kernels._slots import Bank, class_similarities, unit_bank
+from momkd.kernels._slots import Bank, class_similarities, tile_rows, unit_bank
 from momkd.kernels.memory_similarity import similarity_backward
 
 
@@ -50,7 +50,7 @@ def soft_angle_loss_fwd_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     margin,
     tau,
     beta,
@@ -58,16 +58,14 @@ def soft_angle_loss_fwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, _ = class_similarities(
-        *(z, z_stride, rows, inside, bank, C, K, S, tau),
-        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION),
+        *(z, z_stride, rows, bank, C, K, S, tau),
+        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
     )
-    label = tl.load(labels + rows, inside, -1)
+    label = tl.load(labels + rows)
     gap, _ = class_gap(s, label, C, CLASSES)
     tl.store(losses + rows, tl.where(label >= 0, softplus(beta * (margin - gap)), 0.0), inside)
 
@@ -85,7 +83,7 @@ def soft_angle_loss_bwd_kernel(
     N,
     C,
     K,
-    S,
+    S: tl.constexpr,
     margin,
     tau,
     beta,
@@ -93,18 +91,16 @@ def soft_angle_loss_bwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, slots = class_similarities(
-        *(z, z_stride, rows, inside, bank, C, K, S, tau),
-        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, WHOLE, EVEN, PRECISION),
+        *(z, z_stride, rows, bank, C, K, S, tau),
+        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
     )
-    label = tl.load(labels + rows, inside, -1)
+    label = tl.load(labels + rows)
     gap, rival = class_gap(s, label, C, CLASSES)
-    g = tl.load(grad + rows, inside, 0.0).to(tl.float32)
+    g = tl.load(grad + rows).to(tl.float32)
     d_gap = -beta * g / (1 + tl.exp(-beta * (margin - gap)))
     d_gap = tl.where(label >= 0, d_gap, 0.0)[:, None]
     classes = tl.arange(0, CLASSES)[None, :]
