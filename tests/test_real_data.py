@@ -54,7 +54,8 @@ def attention_auc(run: Run, data: Path, work: Path) -> float:
 @pytest.mark.parametrize("preset", ["abmil", "fast"])
 def test_colon(shared_data: Path, tmp_path: Path, preset: str) -> None:
     data = shared_data / "colon"
-    config = Config.preset(preset).with_settings(["train.epochs=40"])
+    size = ["model.hidden_features=256", "model.gate_features=128"]  # as in the reference
+    config = Config.preset(preset).with_settings([*size, "train.epochs=40"])
     run = train_run(data / "features", data / "labels.csv", data, tmp_path / "run", config=config)
     auc, attention = auc_of(run), attention_auc(run, data, tmp_path)
     print(f"ColonCancer, {preset}: AUC {auc:.3f}, attention AUC {attention:.3f}")
