@@ -40,14 +40,14 @@ def soft_angle_loss_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z and memory from the gradient (B,) of the losses; None where `needs` says so."""
     dtype = accumulate_dtype(z.dtype)
-    similarity, slots = memory_similarity(z, memory, "lse", tau)
+    labelled = labels[:, None] >= 0
+    rows = torch.where(labelled, z, torch.zeros_like(z))  # one that is not finite must not turn 0 · NaN into a gradient
+    similarity, slots = memory_similarity(rows, memory, "lse", tau)
     delta, rival = _gap(similarity, labels)
     d_delta = -beta * torch.sigmoid(beta * (margin - delta)) * grad.to(dtype)
     d_delta = torch.where(labels >= 0, d_delta, torch.zeros_like(d_delta))
     d_similarity = torch.zeros_like(similarity)
     d_similarity.scatter_(1, labels.clamp_min(0)[:, None], d_delta[:, None])
     d_similarity.scatter_(1, rival[:, None], -d_delta[:, None])
-    d_z, d_memory = memory_similarity_backward(d_similarity, z, memory, "lse", tau, slots, needs)
-    if d_z is not None:  # a row that is not finite must not turn 0 · NaN into a gradient
-        d_z = torch.where(labels[:, None] >= 0, d_z, torch.zeros_like(d_z))
-    return d_z, d_memory
+    d_z, d_memory = memory_similarity_backward(d_similarity, rows, memory, "lse", tau, slots, needs)
+    return None if d_z is None else torch.where(labelled, d_z, torch.zeros_like(d_z)), d_memory

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from momkd import functional as F
 from momkd import env, ops
+from momkd import functional as F
 from tests.compare import FORWARD, GRADIENT, HALVES, RAGGED, assert_close, assert_half, cosine, offsets_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")

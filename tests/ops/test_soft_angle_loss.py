@@ -53,9 +53,11 @@ def test_an_unlabelled_row_gets_no_gradient_even_when_it_is_not_finite() -> None
     z = torch.randn(3, 8)
     z[1] = torch.nan
     z.requires_grad_()
-    F.soft_angle_loss(z, torch.randn(2, 3, 8), torch.tensor([0, -1, 1])).backward()
+    memory = torch.randn(2, 3, 8, requires_grad=True)
+    F.soft_angle_loss(z, memory, torch.tensor([0, -1, 1])).backward()
     assert (z.grad[1] == 0).all()
     assert z.grad.isfinite().all()
+    assert memory.grad.isfinite().all()
 
 
 def test_nearer_is_better() -> None:
