@@ -134,8 +134,8 @@ def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from momkd.kernels._tuning import Choices, Tiles
 
     tiles = Tiles(256, 256)
-    for module in ("attention_pool", "segment_pool"):
-        monkeypatch.setattr(gpu.kernels(module), "POOL", Choices(half=tiles, single=tiles))
+    for module, table in (("attention_pool", "POOL"), ("segment_pool", "POOL_BACKWARD")):
+        monkeypatch.setattr(gpu.kernels(module), table, Choices(half=tiles, single=tiles))
     reports = aot.compile_all([BAD], ["sm_90"])
     assert not any(r.error for r in reports)
     assert spilled(reports)

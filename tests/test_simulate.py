@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import signal
@@ -230,24 +231,25 @@ def test_the_folder_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: 
             simulate(name, SMALL)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow over 3,000 bytes: stands in for a full disk."""
+    """No file may grow over 3,000 bytes: stands in for a full disk. Never while pytest writes, maybe to a file."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk_leaves_nothing(old: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if old:
         out.mkdir()
         (out / "simulation.json").write_text("{}")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as caught, small_files():
         simulate(out, SMALL, overwrite=True)
     message = str(caught.value)
     assert message.startswith(f"{out}")
