@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
 
 from momkd.bags import Bags
-from momkd.data.atomic import atomic_write, write_csv
+from momkd.data.atomic import write_csv
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
-from momkd.data.slides import read_coords
+from momkd.data.slides import read_coords, write_hdf5
 from momkd.errors import InputError
 from momkd.inference import autocast, pick_device
 from momkd.models import Prediction
@@ -122,7 +121,7 @@ def _write_attention(
     slots = torch.stack([p.slots for p in each if p.slots is not None]) if each[0].slots is not None else None
     for path, a, b in zip(paths, bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True):
         coords, attrs = read_coords(path)
-        with atomic_write(folder / f"{path.stem}.h5") as temporary, h5py.File(temporary, "w") as file:
+        with write_hdf5(folder / f"{path.stem}.h5") as file:
             file.create_dataset("attention", data=mean[a:b].cpu().numpy())
             if slots is not None:
                 file.create_dataset("slots", data=slots[:, a:b].to(torch.int16).cpu().numpy())

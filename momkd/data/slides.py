@@ -6,8 +6,9 @@ Whatever the format, a slide reads as features (N, L) float16 or float32 and coo
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,22 @@ def write_trident(
     def layout(width: int) -> dict[str, Any]:
         return {"chunks": (1, width), "maxshape": (None, width)} if row_chunks else {}
 
-    # In memory first: HDF5 crashes when the process ends, if a disk that filled up kept it from closing a file.
-    image = io.BytesIO()
-    with h5py.File(image, "w") as file:
+    with write_hdf5(path) as file:
         rows = file.create_dataset("features", data=features, **layout(features.shape[1]))
         rows.attrs.update({"encoder": encoder, "name": path.stem})
         places = file.create_dataset("coords", data=points, **layout(2))
         places.attrs.update({"patch_size_level0": patch_size_level0, "name": path.stem, **attrs})
+
+
+@contextlib.contextmanager
+def write_hdf5(path: Path | str) -> Iterator[h5py.File]:
+    """Yields an HDF5 file to fill, which becomes `path`, whole or not at all. It lies in memory until then.
+
+    HDF5 crashes when the process ends, if a disk that filled up kept it from closing a file of its own.
+    """
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        yield file
     with atomic_write(path) as temporary:
         temporary.write_bytes(image.getbuffer())
 
