@@ -46,7 +46,7 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
     if backend not in OPS[op]:
         return False, f"no {backend} kernel for {op} in this version"
     if backend == "native":
-        return native.can_run(args)
+        return native.can_run(op, args)
     if backend == "triton":
         return gpu.can_run(op, args)
     return True, "runs on every device"

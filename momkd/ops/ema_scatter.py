@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd import native, reference
+from momkd import reference
 from momkd.dispatch import choose
+from momkd.native import ema as native
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
