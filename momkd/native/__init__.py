@@ -23,7 +23,7 @@ def extension() -> tuple[Any, str]:
 
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
-    """Whether the native kernels take these tensors, those that the op gives to dispatch; of an EMA, memory is first."""
+    """Whether the native kernels take these tensors. Those of an EMA begin with the memory and the rows or sums."""
     module, reason = extension()
     if module is None:
         return False, reason
@@ -31,7 +31,7 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     if other := [t.device for t in tensors if t.device.type != "cpu"]:
         return False, f"runs on the CPU, the tensors are on {other[0]}"
     if op.startswith("ema_") and tensors:
-        memory, *tensors = tensors
+        memory, *tensors = tensors[:2]
         if memory.dtype != torch.float32 or not memory.is_contiguous():
             return False, f"takes a contiguous float32 memory, got {memory.dtype} with strides {memory.stride()}"
     if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in DTYPES]:
