@@ -99,7 +99,7 @@ def test_why_native_cannot_run() -> None:
     cases = [
         ((memory.to("meta"), z), "runs on the CPU, the tensors are on meta"),
         ((memory, z, row_class.to("meta")), "runs on the CPU, the tensors are on meta"),
-        ((memory, z.double()), "takes float32, float16 and bfloat16 rows, got torch.float64"),
+        ((memory, z.double()), "takes float32, float16 and bfloat16, got float64"),
         ((memory.double(), z), r"takes a contiguous float32 memory, got torch.float64 with strides \(12, 4, 1\)"),
         (
             (memory.transpose(0, 1), z),
@@ -172,7 +172,7 @@ def test_the_caller_comes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MOMKD_BACKEND", "native")
     assert dispatch.choose("ema_scatter_", None, ()) == "native"
     memory, usage, z, row_class = bank(torch.float64)
-    with pytest.raises(BackendError, match="takes float32, float16 and bfloat16 rows"):
+    with pytest.raises(BackendError, match="takes float32, float16 and bfloat16"):
         F.ema_scatter_(memory, usage, z, row_class, momentum=0.9)
 
 
