@@ -18,10 +18,10 @@ BACKENDS = ("triton", "cuda", "native", "torch")
 
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
-    "gated_attention_pool": ("triton", "torch"),
-    "attention_pool": ("triton", "torch"),
-    "memory_similarity": ("triton", "torch"),
-    "memory_guided_pool": ("triton", "torch"),
+    "gated_attention_pool": ("triton", "native", "torch"),
+    "attention_pool": ("triton", "native", "torch"),
+    "memory_similarity": ("triton", "native", "torch"),
+    "memory_guided_pool": ("triton", "native", "torch"),
     "soft_angle_loss": ("triton", "torch"),
     "ema_accumulate": ("native", "torch"),
     "ema_apply_": ("native", "torch"),

@@ -137,6 +137,23 @@ struct Float16 {
   }
 };
 
+// The first `count` values of a vector, at most all; the others are 0.
+template <typename Type>
+inline Vec load_part(const typename Type::stored *at, int64_t count) {
+  if (count >= kWidth) return Type::load(at);
+  typename Type::stored all[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) all[i] = at[i];
+  return Type::load(all);
+}
+
+template <typename Type>
+inline void store_part(typename Type::stored *at, int64_t count, Vec v) {
+  if (count >= kWidth) return Type::store(at, v);
+  typename Type::stored all[kWidth];
+  Type::store(all, v);
+  for (int64_t i = 0; i < count; ++i) at[i] = all[i];
+}
+
 // e^x within 2 units in the last place; 0 under the smallest normal number, infinite over the largest.
 inline Vec exp_of(Vec x) {
   const Vec low = x < -87.33654f ? Vec{} - 87.33654f : x;
@@ -178,6 +195,37 @@ inline Vec tanh_of(Vec x) {
   const Vec value = size < 0.625f ? near : far;
   return of_bits(bits_of(value) | (bits_of(x) & 0x80000000u));
 }
+
+// kWidth rows of kWidth values: rows become columns.
+#if defined(__clang__)
+inline void transpose(Vec *v) {
+  for (int i = 0; i < kWidth; ++i)
+    for (int j = i + 1; j < kWidth; ++j) {
+      const float kept = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = kept;
+    }
+}
+#else
+template <int kStep>
+inline void transpose_blocks(Vec *v) {
+  const IntVec upper = (kIota & kStep) != 0;
+  const IntVec low = upper ? kIota - kStep + kWidth : kIota, high = upper ? kIota + kWidth : kIota + kStep;
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & kStep)) {
+      const Vec a = v[i], b = v[i + kStep];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + kStep] = __builtin_shuffle(a, b, high);
+    }
+}
+
+inline void transpose(Vec *v) {
+  transpose_blocks<1>(v);
+  transpose_blocks<2>(v);
+  if constexpr (kWidth > 4) transpose_blocks<4>(v);
+  if constexpr (kWidth > 8) transpose_blocks<8>(v);
+}
+#endif
 
 }  // namespace
 }  // namespace momkd

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ def extension() -> tuple[Any, str]:
         return importlib.import_module("momkd._C"), "built"
     except ImportError as error:
         return None, f"the extension momkd._C is not installed ({error}); reinstall with a C++ compiler"
+
+
+_MODULES = {
+    "gated_attention_pool": "pooling",
+    "attention_pool": "pooling",
+    "memory_similarity": "memory",
+    "memory_guided_pool": "memory",
+    "ema_accumulate": "ema",
+    "ema_apply_": "ema",
+    "ema_scatter_": "ema",
+}
+
+
+def kernels(op: str) -> ModuleType:
+    """The module that holds the functions of `op`."""
+    return importlib.import_module(f"momkd.native.{_MODULES[op]}")
 
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
