@@ -136,13 +136,11 @@ void softmax_weights(const float *scores, const float *stats, const BagPieces &p
 }
 
 std::vector<float> inner_products(const float *grad, const float *pooled, int64_t count, int64_t width) {
+  const PoolKernels &kernels = MOMKD_KERNELS(pool_rows);
   std::vector<float> inner(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) {
-    double total = 0;
-    for (int64_t j = 0; j < width; ++j)
-      total += static_cast<double>(grad[i * width + j]) * pooled[i * width + j];
-    inner[static_cast<size_t>(i)] = static_cast<float>(total);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    kernels.dot[static_cast<int>(RowType::float32)](pooled + i * width, width, 1, grad + i * width, width,
+                                                    inner.data() + i, 1);
   return inner;
 }
 

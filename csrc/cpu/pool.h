@@ -63,7 +63,8 @@ void attention_pool_backward(const float *grad, const Rows &values, const float 
 void pool_backward_piece(const BagPiece &piece, const Rows &values, const float *grad, const float *inner,
                          const float *weights, int64_t heads, float *d_scores, void *d_values);
 
-// grad_bh · pooled_bh: (B, H), of vectors of `width`.
+// grad_bh · pooled_bh: (B, H), of vectors of `width`; summed as grad_bh · values_i is, so that the gradient
+// of the score of a bag's only row is exactly 0.
 std::vector<float> inner_products(const float *grad, const float *pooled, int64_t count, int64_t width);
 
 }  // namespace momkd
