@@ -15,9 +15,9 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Bags", "doctor", "compat", "functional", "graph", "models", "nn", "ops", "reference"]
+__all__ = ["Bags", "compat", "doctor", "functional", "graph", "models", "nn", "ops", "reference"]
 
-_SUBMODULES = {"compat", "compat", "functional", "graph", "models", "nn", "ops", "reference"}
+_SUBMODULES = {"compat", "functional", "graph", "models", "nn", "ops", "reference"}
 
 
 def __getattr__(name: str) -> Any:

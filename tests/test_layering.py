@@ -26,7 +26,7 @@ BACKENDS = {"reference", "kernels", "native", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "simulate", "demo", "report", "study"),
-    *("experiment", "inference", "progress", "runs", "doctor"),
+    *("convert", "experiment", "inference", "progress", "runs", "doctor"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 

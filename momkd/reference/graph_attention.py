@@ -1,6 +1,7 @@
 """graph_attention: the message passing of GATv2, each node hearing from its in-neighbours and from itself.
 
-e_ij = a_h · LeakyReLU(x_l[j] + x_r[i]);  α_ij = softmax over j in N(i) ∪ {i};  out_i = Σ_j drop(α_ij) x_l[j], per head h.
+e_ij = a_h · LeakyReLU(x_l[j] + x_r[i]);  α_ij = softmax over j in N(i) ∪ {i};  out_i = Σ_j drop(α_ij) x_l[j], of each
+head h.
 
 A hearing is a pair (i, j) with its place p: those of node i stand at offsets[i] + i to offsets[i + 1] + i, in the order
 of its list, and itself last. Scores are kept in this order, and dropout is drawn by it.

@@ -5,8 +5,9 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 The word block of row i and columns 4j … 4j+3 is philox(counter = (i mod 2³², i div 2³², j, 0), key = (seed mod 2³²,
 seed div 2³²)). Column d takes word d mod 4: its low 16 bits decide the tanh branch of the gate, its high 16 bits
 the σ branch. In graph attention, row p is the place of a hearing (see `momkd.reference.graph_attention`), a column is a
-head, the last word of the counter is 1, and the low 16 bits decide. A value is kept when its 16 bits are ≥ round(p·2¹⁶), so the probability is p to within 2⁻¹⁷, and the kept
-values are scaled by the reciprocal of the exact probability.
+head, the last word of the counter is 1, and the low 16 bits decide. A value is kept when its 16 bits are ≥
+round(p·2¹⁶), so the probability is p to within 2⁻¹⁷, and the kept values are scaled by the reciprocal of the exact
+probability.
 """
 
 from __future__ import annotations
@@ -70,4 +71,4 @@ def _words(seed: Tensor, first_row: int, rows: int, columns: int, last: int) -> 
     block = torch.arange((columns + 3) // 4, device=device)[None, :]  # (1, D/4)
     key = (seed & _MASK, (seed >> 32) & _MASK)
     words = philox4x32((row & _MASK, row >> 32, block, torch.full_like(block, last)), key)
-    return torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
+    return torch.stack(words, dim=-1).flatten(1)[:, :columns]
