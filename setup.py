@@ -29,8 +29,15 @@ BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;90;100"
 
-CPU_SOURCES = ["csrc/bindings_cpu.cpp", "csrc/cpu/ema_scatter.cpp", "csrc/cpu/isa.cpp"]
-ISA_SOURCES = ["csrc/cpu/ema_scatter_rows.cpp"]  # compiled once for each instruction set, chosen at run time
+
+def sources(*patterns: str, but: str = "") -> list[str]:
+    """The files in csrc/ that match, as ninja wants them: relative to the root, always in the same order."""
+    found = {path for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}")} - set(ROOT.glob(f"csrc/{but}"))
+    return [path.relative_to(ROOT).as_posix() for path in sorted(found)]
+
+
+ISA_SOURCES = sources("cpu/*_rows.cpp")  # compiled once for each instruction set, chosen at run time
+CPU_SOURCES = [s for s in sources("bindings_*.cpp", "cpu/*.cpp", but="bindings_cuda.cpp") if s not in ISA_SOURCES]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/device_probe.cu"]
 
 X86_ISAS = {
@@ -160,8 +167,7 @@ def write_ninja(tools: Toolchain, version: str, nvcc: str | None) -> None:
 
     stamp = [f'-DMOMKD_VERSION="{version}"']
     isas = [f"-DMOMKD_HAVE_{name.upper()}" for name in tools.isas]
-    extra = {"csrc/bindings_cpu.cpp": stamp, "csrc/cpu/isa.cpp": isas, "csrc/cpu/ema_scatter.cpp": isas}
-    objects = [compile_cxx(source, extra[source]) for source in CPU_SOURCES]
+    objects = [compile_cxx(source, [*stamp, *isas]) for source in CPU_SOURCES]
     for source in ISA_SOURCES:
         for name, flags in tools.isas.items():
             objects.append(compile_cxx(source, [*flags, f"-DMOMKD_ISA={name}"], f".{name}"))

@@ -18,10 +18,10 @@ BACKENDS = ("triton", "cuda", "native", "torch")
 
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
-    "gated_attention_pool": ("triton", "torch"),
-    "attention_pool": ("triton", "torch"),
-    "memory_similarity": ("triton", "torch"),
-    "memory_guided_pool": ("triton", "torch"),
+    "gated_attention_pool": ("triton", "native", "torch"),
+    "attention_pool": ("triton", "native", "torch"),
+    "memory_similarity": ("triton", "native", "torch"),
+    "memory_guided_pool": ("triton", "native", "torch"),
     "soft_angle_loss": ("triton", "torch"),
     "graph_attention": ("torch",),
     "ema_accumulate": ("native", "torch"),
@@ -47,7 +47,7 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
     if backend not in OPS[op]:
         return False, f"no {backend} kernel for {op} in this version"
     if backend == "native":
-        return native.can_run(args)
+        return native.can_run(op, args)
     if backend == "triton":
         return gpu.can_run(op, args)
     return True, "runs on every device"

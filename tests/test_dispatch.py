@@ -94,7 +94,8 @@ def test_the_best_that_can_run_is_taken() -> None:
     assert dispatch.choose("ema_scatter_", "torch", args) == "torch"
     assert dispatch.choose("ema_scatter_", None, (memory, z.double(), usage, row_class, None)) == "torch"
     assert dispatch.choose("ema_scatter_", None, (memory.to("meta"), z, usage, row_class, None)) == "torch"
-    assert dispatch.choose("attention_pool", None, (z, z)) == "torch"
+    assert dispatch.choose("attention_pool", None, (z, z)) == "native"
+    assert dispatch.choose("soft_angle_loss", None, (z, memory, row_class)) == "torch"
 
 
 @pytest.mark.usefixtures("extension")
@@ -103,7 +104,7 @@ def test_why_native_cannot_run() -> None:
     cases = [
         ((memory.to("meta"), z), "runs on the CPU, the tensors are on meta"),
         ((memory, z, row_class.to("meta")), "runs on the CPU, the tensors are on meta"),
-        ((memory, z.double()), "takes float32, float16 and bfloat16 rows, got torch.float64"),
+        ((memory, z.double()), "takes float32, float16 and bfloat16, got float64"),
         ((memory.double(), z), r"takes a contiguous float32 memory, got torch.float64 with strides \(12, 4, 1\)"),
         (
             (memory.transpose(0, 1), z),
@@ -164,9 +165,9 @@ def test_the_variable_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MOMKD_BACKEND", "torch")
     assert all(dispatch.choose(op, None, ()) == "torch" for op in dispatch.OPS)
     monkeypatch.setenv("MOMKD_BACKEND", "native")
-    assert dispatch.choose("attention_pool", None, ()) == "torch", "an op without it keeps its own choice"
-    with pytest.raises(BackendError, match="no native kernel for attention_pool in this version"):
-        dispatch.choose("attention_pool", "native", ())  # but not where the caller names it
+    assert dispatch.choose("soft_angle_loss", None, ()) == "torch", "an op without it keeps its own choice"
+    with pytest.raises(BackendError, match="no native kernel for soft_angle_loss in this version"):
+        dispatch.choose("soft_angle_loss", "native", ())  # but not where the caller names it
 
 
 @pytest.mark.usefixtures("extension")
@@ -176,7 +177,7 @@ def test_the_caller_comes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MOMKD_BACKEND", "native")
     assert dispatch.choose("ema_scatter_", None, ()) == "native"
     memory, usage, z, row_class = bank(torch.float64)
-    with pytest.raises(BackendError, match="takes float32, float16 and bfloat16 rows"):
+    with pytest.raises(BackendError, match="takes float32, float16 and bfloat16"):
         F.ema_scatter_(memory, usage, z, row_class, momentum=0.9)
 
 
@@ -185,7 +186,7 @@ def test_a_variable_that_cannot_be_met_raises(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("MOMKD_BACKEND", "native")
     with pytest.raises(BackendError, match=MISSING):
         CALLS["ema_scatter_"](None)
-    CALLS["attention_pool"](None)
+    CALLS["soft_angle_loss"](None)
 
 
 # -- wrong words -------------------------------------------------------------------------------------------------
@@ -203,4 +204,4 @@ def test_suggestions(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.can_run("attentionpool", "torch")
     monkeypatch.setenv("MOMKD_BACKEND", "torhc")
     with pytest.raises(ValueError, match=r"MOMKD_BACKEND: expected one of .*, got 'torhc'; did you mean 'torch'"):
-        CALLS["attention_pool"](None)
+        CALLS["soft_angle_loss"](None)

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(SIDE, GROUND | SIDE),
     "reference": GROUND,
     "kernels": GROUND | {"reference"},  # definitions: parameter tuples, the levels of dropout
-    "native": GROUND | {"_C"},
+    "native": GROUND | {"_C", "reference"},  # definitions, as the kernels
     "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},
     "ops": GROUND | BACKENDS | {"dispatch"},

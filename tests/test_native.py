@@ -321,7 +321,7 @@ def test_wrong_numbers_raise() -> None:
     case = make(16, 4, 2, 3, 5)
     good = [*case.rows(), 1, 1, 1, 1]
     for position, value, message in [
-        (1, 3, "z_dtype"),
+        (1, 3, "dtype"),
         (2, -1, "n and s"),
         (3, 0, "n and s"),
         (0, 0, "null"),

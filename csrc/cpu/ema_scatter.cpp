@@ -24,21 +24,6 @@ constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at 
 // Squared lengths in this range are right in float32: nothing overflowed or fell among the subnormal numbers.
 constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
 
-const EmaRowKernels &row_kernels() {
-  switch (current_isa()) {
-#ifdef MOMKD_HAVE_AVX512
-    case Isa::avx512:
-      return ema_rows_avx512;
-#endif
-#ifdef MOMKD_HAVE_AVX2
-    case Isa::avx2:
-      return ema_rows_avx2;
-#endif
-    default:
-      return ema_rows_baseline;
-  }
-}
-
 // An uninitialised array on a cache-line boundary.
 class Buffer {
  public:
@@ -106,7 +91,12 @@ struct Walker {
 class Accumulation {
  public:
   Accumulation(const EmaRows &rows, const Bank &bank, int64_t c, int64_t k, int32_t *assignments)
-      : rows_(rows), bank_(bank), c_(c), k_(k), assignments_(assignments), kernels_(row_kernels()) {}
+      : rows_(rows),
+        bank_(bank),
+        c_(c),
+        k_(k),
+        assignments_(assignments),
+        kernels_(MOMKD_KERNELS(ema_rows)) {}
 
   // Rows [first, last) into sums (C, K, S) and mass (C, K), which start at zero here.
   void chunk(int64_t first, int64_t last, Walker &walker, float *sums, double *mass) const {

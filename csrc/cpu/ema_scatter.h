@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
-namespace momkd {
+#include "cpu/rows.h"
 
-enum class RowType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+namespace momkd {
 
 struct EmaRows {
   const void *z;             // (N, S): `row_stride` elements from row to row, columns contiguous

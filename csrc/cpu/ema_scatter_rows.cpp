@@ -3,71 +3,31 @@
 // isn't.
 #include "cpu/ema_scatter_rows.h"
 
-#define MOMKD_CONCAT_(a, b) a##b
-#define MOMKD_CONCAT(a, b) MOMKD_CONCAT_(a, b)
+#include "cpu/simd.h"
 
 namespace momkd {
 namespace {
 
-#if defined(__clang__)
-#define MOMKD_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define MOMKD_SHUFFLE(v, ...) __builtin_shuffle(v, IntVec{__VA_ARGS__})
-#endif
-
-// kWidth lanes fill a register; kGroup registers of slots by kBlockRows rows fit the register file.
+// kGroup registers of slots by kBlockRows rows fit the register file.
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kGroup = 1;
-#elif defined(__AVX__)
-constexpr int kWidth = 8, kGroup = 2;
+constexpr int kGroup = 1;
 #else
-constexpr int kWidth = 4, kGroup = 2;
+constexpr int kGroup = 2;
 #endif
 static_assert(kLanes % (kWidth * kGroup) == 0, "the padded bank holds whole groups");
-
-typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef int32_t IntVec __attribute__((vector_size(4 * kWidth)));
-typedef float LooseVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-
-// Fold all lanes into every lane, by halves: a lane with its neighbour at distance kWidth / 2, ..., 2, 1.
-#if defined(__AVX512F__)
-constexpr IntVec kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-template <typename V, typename Fold>
-inline V fold_lanes(V v, Fold fold) {
-  v = fold(v, MOMKD_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = fold(v, MOMKD_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-}
-#elif defined(__AVX__)
-constexpr IntVec kIota = {0, 1, 2, 3, 4, 5, 6, 7};
-template <typename V, typename Fold>
-inline V fold_lanes(V v, Fold fold) {
-  v = fold(v, MOMKD_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5));
-  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6));
-}
-#else
-constexpr IntVec kIota = {0, 1, 2, 3};
-template <typename V, typename Fold>
-inline V fold_lanes(V v, Fold fold) {
-  v = fold(v, MOMKD_SHUFFLE(v, 2, 3, 0, 1));
-  return fold(v, MOMKD_SHUFFLE(v, 1, 0, 3, 2));
-}
-#endif
 
 float squared_length(const float *row, int64_t s) {
   Vec total = {}, other = {};
   int64_t j = 0;
   for (; j + 2 * kWidth <= s; j += 2 * kWidth) {
-    const Vec a = *reinterpret_cast<const LooseVec *>(row + j);
-    const Vec b = *reinterpret_cast<const LooseVec *>(row + j + kWidth);
+    const Vec a = Float32::load(row + j);
+    const Vec b = Float32::load(row + j + kWidth);
     total += a * a;
     other += b * b;
   }
   float rest = 0;
   for (; j < s; ++j) rest += row[j] * row[j];
-  return fold_lanes(total + other, [](Vec a, Vec b) { return a + b; })[0] + rest;
+  return sum_lanes(total + other) + rest;
 }
 
 // The best slot so far in each lane: of equal ones the lower, as slots come in rising order.
@@ -117,41 +77,21 @@ void add(int count, const float *const *rows, const float *scale, int64_t s, flo
     float *out = target[i];
     int64_t j = 0;
     for (; j + kWidth <= s; j += kWidth)
-      *reinterpret_cast<LooseVec *>(out + j) += scale[i] * *reinterpret_cast<const LooseVec *>(row + j);
+      *reinterpret_cast<LooseVec *>(out + j) += scale[i] * Float32::load(row + j);
     for (; j < s; ++j) out[j] += scale[i] * row[j];
   }
 }
 
-float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// Move exponent and mantissa into place and scale by 2^112, which also makes subnormal numbers right;
-// infinities and NaNs then lie at 2^16 and above and get the full exponent.
-void widen_float16(const uint16_t *row, int64_t s, float *out) {
-  for (int64_t j = 0; j < s; ++j) {
-    const uint32_t half = row[j];
-    const float scaled = from_bits((half & 0x7fffu) << 13) * 0x1p112f;
-    const uint32_t special = scaled >= 65536.0f ? 0x7f800000u : 0u;
-    out[j] = from_bits(to_bits(scaled) | special | (half & 0x8000u) << 16);
-  }
-}
-
-void widen_bfloat16(const uint16_t *row, int64_t s, float *out) {
-  for (int64_t j = 0; j < s; ++j) out[j] = from_bits(static_cast<uint32_t>(row[j]) << 16);
+template <typename Type>
+void widen(const uint16_t *row, int64_t s, float *out) {
+  int64_t j = 0;
+  for (; j + kWidth <= s; j += kWidth) Float32::store(out + j, Type::load(row + j));
+  for (; j < s; ++j) out[j] = Type::load_one(row + j);
 }
 
 }  // namespace
 
 extern const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA);
-const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {nearest, add, widen_float16, widen_bfloat16};
+const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {nearest, add, widen<Float16>, widen<Bfloat16>};
 
 }  // namespace momkd

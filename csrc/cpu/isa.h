@@ -15,4 +15,21 @@ bool use_isa(Isa isa);
 
 const char *isa_name(Isa isa);
 
+// The kernels for the instruction set in use, of a table NAME that *_rows.cpp defines as NAME_baseline,
+// NAME_avx2 and NAME_avx512.
+#ifdef MOMKD_HAVE_AVX2
+#define MOMKD_AVX2_OR_BASELINE(name) name##_avx2
+#else
+#define MOMKD_AVX2_OR_BASELINE(name) name##_baseline
+#endif
+#ifdef MOMKD_HAVE_AVX512
+#define MOMKD_AVX512_OR_BASELINE(name) name##_avx512
+#else
+#define MOMKD_AVX512_OR_BASELINE(name) name##_baseline
+#endif
+#define MOMKD_KERNELS(name)                                      \
+  (current_isa() == Isa::avx512 ? MOMKD_AVX512_OR_BASELINE(name) \
+   : current_isa() == Isa::avx2 ? MOMKD_AVX2_OR_BASELINE(name)   \
+                                : name##_baseline)
+
 }  // namespace momkd

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -16,10 +15,9 @@ from momkd.reference.segments import accumulate_dtype
 @custom_op("attention_pool")
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L), stats (B, H, 2)."""
-    if choose("attention_pool", backend, (values, scores, offsets)) == "triton":
-        result: tuple[Tensor, Tensor] = gpu.kernels("attention_pool").attention_pool(values, scores, offsets)
-        return result
-    return reference.attention_pool(values, scores, offsets)
+    where = backend_of("attention_pool", backend, (values, scores, offsets))
+    result: tuple[Tensor, Tensor] = where.attention_pool(values, scores, offsets)
+    return result
 
 
 @attention_pool.register_fake
@@ -40,11 +38,9 @@ def attention_pool_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    arguments = grad, values, scores, offsets, pooled, stats, (needs[0], needs[1])
-    if choose("attention_pool", backend, (values, scores, offsets)) == "triton":
-        grads = gpu.kernels("attention_pool").attention_pool_backward(*arguments)
-    else:
-        grads = reference.attention_pool_backward(*arguments)
+    where = backend_of("attention_pool", backend, (values, scores, offsets))
+    needed = needs[0], needs[1]
+    grads = where.attention_pool_backward(grad, values, scores, offsets, pooled, stats, needed)
     return _gradients.pack(grads, values)
 
 

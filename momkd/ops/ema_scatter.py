@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd import native, reference
-from momkd.dispatch import choose
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -16,9 +15,9 @@ def ema_accumulate(
     memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """memory (C, K, S), z (N, S), row_class (N,), weights (N,) -> sums (C, K, S), mass (C, K), assignments (N,)."""
-    if choose("ema_accumulate", backend, (memory, z, row_class, weights)) == "native":
-        return native.ema_accumulate(memory, z, row_class, weights, normalize)
-    return reference.ema_accumulate(memory, z, row_class, weights, normalize)
+    where = backend_of("ema_accumulate", backend, (memory, z, row_class, weights))
+    result: tuple[Tensor, Tensor, Tensor] = where.ema_accumulate(memory, z, row_class, weights, normalize)
+    return result
 
 
 @ema_accumulate.register_fake
@@ -36,10 +35,8 @@ def _(
 @custom_op("ema_apply_", mutates_args=("memory", "usage"))
 def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float, backend: str) -> None:
     """Moves memory (C, K, S) and usage (C, K) in place by sums (C, K, S) and mass (C, K)."""
-    if choose("ema_apply_", backend, (memory, sums, usage, mass)) == "native":
-        native.ema_apply_(memory, usage, sums, mass, momentum)
-    else:
-        reference.ema_apply_(memory, usage, sums, mass, momentum)
+    where = backend_of("ema_apply_", backend, (memory, sums, usage, mass))
+    where.ema_apply_(memory, usage, sums, mass, momentum)
 
 
 @ema_apply_.register_fake
@@ -59,9 +56,9 @@ def ema_scatter_(
     backend: str,
 ) -> Tensor:
     """Both halves in one pass. Returns the assignments (N,) int32."""
-    if choose("ema_scatter_", backend, (memory, z, usage, row_class, weights)) == "native":
-        return native.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
-    return reference.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
+    where = backend_of("ema_scatter_", backend, (memory, z, usage, row_class, weights))
+    assignments: Tensor = where.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
+    return assignments
 
 
 @ema_scatter_.register_fake

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.segments import accumulate_dtype
@@ -31,12 +30,9 @@ def gated_attention_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, L), offsets (B+1,) -> pooled (B, H, L), scores (N, H), stats (B, H, 2)."""
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
-    if choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) == "triton":
-        result: tuple[Tensor, Tensor, Tensor] = gpu.kernels("gated_attention_pool").gated_attention_pool(
-            x, offsets, parameters, dropout_p, seed
-        )
-        return result
-    return reference.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
+    where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    result: tuple[Tensor, Tensor, Tensor] = where.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
+    return result
 
 
 @gated_attention_pool.register_fake
@@ -85,11 +81,8 @@ def gated_attention_pool_backward(
     """The seven gradients in the order x, w_v, b_v, w_u, b_u, w_a, b_a; empty where not needed."""
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
     saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
-    if choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) == "triton":
-        backward = gpu.kernels("gated_attention_pool").gated_attention_pool_backward
-    else:
-        backward = reference.gated_attention_pool_backward
-    grads = backward(grad_pooled, grad_scores, *saved)
+    where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved)
     return _gradients.pack(grads, x)
 
 

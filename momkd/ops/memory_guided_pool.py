@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -26,10 +25,9 @@ def memory_guided_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z (N, S), values (N, L), memory (C, K, S) -> pooled (B, H, L), attention (N, H), slots (N, C) int32."""
     arguments = z, values, memory, offsets, temperature, per_class
-    if choose("memory_guided_pool", backend, arguments[:5]) == "triton":
-        result: tuple[Tensor, Tensor, Tensor] = gpu.kernels("memory_guided_pool").memory_guided_pool(*arguments)
-        return result
-    return reference.memory_guided_pool(*arguments)
+    where = backend_of("memory_guided_pool", backend, arguments[:5])
+    result: tuple[Tensor, Tensor, Tensor] = where.memory_guided_pool(*arguments)
+    return result
 
 
 @memory_guided_pool.register_fake
@@ -70,10 +68,8 @@ def memory_guided_pool_backward(
     """The gradients of z, values and temperature; empty where not needed."""
     needed = needs[0], needs[1], needs[2]
     arguments = grad, z, values, memory, offsets, temperature, per_class, pooled, attention, slots, needed
-    if choose("memory_guided_pool", backend, (z, values, memory, offsets, temperature)) == "triton":
-        grads = gpu.kernels("memory_guided_pool").memory_guided_pool_backward(*arguments)
-    else:
-        grads = reference.memory_guided_pool_backward(*arguments)
+    where = backend_of("memory_guided_pool", backend, (z, values, memory, offsets, temperature))
+    grads = where.memory_guided_pool_backward(*arguments)
     return _gradients.pack(grads, values)
 
 

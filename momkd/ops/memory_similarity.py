@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -17,10 +16,9 @@ from momkd.reference.segments import accumulate_dtype
 @custom_op("memory_similarity")
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, S), memory (C, K, S) -> similarities (N, C), slots (N, C) int32."""
-    if choose("memory_similarity", backend, (z, memory)) == "triton":
-        result: tuple[Tensor, Tensor] = gpu.kernels("memory_similarity").memory_similarity(z, memory, reduce, tau)
-        return result
-    return reference.memory_similarity(z, memory, reduce, tau)
+    where = backend_of("memory_similarity", backend, (z, memory))
+    result: tuple[Tensor, Tensor] = where.memory_similarity(z, memory, reduce, tau)
+    return result
 
 
 @memory_similarity.register_fake
@@ -40,11 +38,9 @@ def memory_similarity_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    arguments = grad, z, memory, reduce, tau, slots, (needs[0], needs[1])
-    if choose("memory_similarity", backend, (z, memory)) == "triton":
-        grads = gpu.kernels("memory_similarity").memory_similarity_backward(*arguments)
-    else:
-        grads = reference.memory_similarity_backward(*arguments)
+    where = backend_of("memory_similarity", backend, (z, memory))
+    needed = needs[0], needs[1]
+    grads = where.memory_similarity_backward(grad, z, memory, reduce, tau, slots, needed)
     return _gradients.pack(grads, z)
 
 

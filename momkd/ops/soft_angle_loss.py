@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -18,10 +17,9 @@ def soft_angle_loss(
     z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float, backend: str
 ) -> Tensor:
     """z (B, S), memory (C, K, S), labels (B,) int64 -> losses (B,)."""
-    if choose("soft_angle_loss", backend, (z, memory, labels)) == "triton":
-        losses: Tensor = gpu.kernels("soft_angle_loss").soft_angle_loss(z, memory, labels, margin, tau, beta)
-        return losses
-    return reference.soft_angle_loss(z, memory, labels, margin, tau, beta)
+    where = backend_of("soft_angle_loss", backend, (z, memory, labels))
+    losses: Tensor = where.soft_angle_loss(z, memory, labels, margin, tau, beta)
+    return losses
 
 
 @soft_angle_loss.register_fake
@@ -41,11 +39,8 @@ def soft_angle_loss_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    arguments = grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1])
-    if choose("soft_angle_loss", backend, (z, memory, labels)) == "triton":
-        grads = gpu.kernels("soft_angle_loss").soft_angle_loss_backward(*arguments)
-    else:
-        grads = reference.soft_angle_loss_backward(*arguments)
+    where = backend_of("soft_angle_loss", backend, (z, memory, labels))
+    grads = where.soft_angle_loss_backward(grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1]))
     return _gradients.pack(grads, z)
 
 

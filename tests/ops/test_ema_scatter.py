@@ -106,7 +106,7 @@ def test_matches_the_board(backend: str, sizes: tuple[int, int, int, int], momen
 def test_row_dtypes(backend: str, dtype: torch.dtype) -> None:
     """A half is read exactly and summed in float32, so it is as close as float32 is."""
     if backend == "native" and dtype == torch.float64:
-        with pytest.raises(BackendError, match="takes float32, float16 and bfloat16 rows"):
+        with pytest.raises(BackendError, match="takes float32, float16 and bfloat16"):
             Case(9, 2, 3, 4, dtype=dtype).scatter(0.9, backend)
         return
     case = Case(300, 3, 17, 33, dtype=dtype)
@@ -286,7 +286,7 @@ def test_apply_takes_sums_of_any_dtype(backend: str, sums_dtype: torch.dtype, ma
     mass = torch.tensor([[0, 1, 2, 0.5, 3], [1, 0, 0, 4, 1]]).to(mass_dtype)
     want = naive_apply(case.memory, case.usage, sums, mass, 0.8)
     if backend == "native" and sums_dtype == torch.float64:
-        with pytest.raises(BackendError, match=r"got torch\.float64"):
+        with pytest.raises(BackendError, match=r"got float64"):
             F.ema_apply_(case.memory, case.usage, sums, mass, momentum=0.8, backend=backend)
         return
     F.ema_apply_(case.memory, case.usage, sums, mass, momentum=0.8, backend=backend)

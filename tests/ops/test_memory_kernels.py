@@ -264,6 +264,6 @@ def test_sizes_over_the_limits_are_a_reason(
         lambda backend: F.soft_angle_loss(z, memory, labels, backend=backend),
     ]
     for call in calls:
-        with pytest.raises(BackendError, match=f"'triton' cannot run: {message}; available here: torch"):
+        with pytest.raises(BackendError, match=f"'triton' cannot run: {message}; available here: "):
             call("triton")
         call(None)

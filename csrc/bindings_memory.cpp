@@ -1,0 +1,80 @@
+// memory_similarity and memory_guided_pool.
+#include "bindings_cpu.h"
+#include "cpu/memory.h"
+
+namespace py = pybind11;
+
+namespace momkd {
+namespace {
+
+using Shape = std::tuple<int64_t, int64_t, int64_t>;
+
+MemoryShape shape_of(const Shape &shape) {
+  const auto [classes, slots, width] = shape;
+  if (classes < 1 || slots < 1 || width < 1)
+    throw py::value_error("shape: expected (C, K, S), each at least 1");
+  return {classes, slots, width};
+}
+
+void similarity(const RowArguments &z, uintptr_t memory, const Shape &shape, float tau, uintptr_t value,
+                uintptr_t nearest, int threads) {
+  const Rows rows = rows_of(z);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  memory_similarity(rows, pointer<const float>(memory), sizes, tau, pointer<float>(value),
+                    pointer<int32_t>(nearest), threads);
+}
+
+void similarity_backward(uintptr_t grad, const RowArguments &z, uintptr_t memory, const Shape &shape,
+                         float tau, uintptr_t nearest, uintptr_t d_z, uintptr_t d_memory, int threads) {
+  const Rows rows = rows_of(z);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  memory_similarity_backward(pointer<const float>(grad), rows, pointer<const float>(memory), sizes, tau,
+                             pointer<const int32_t>(nearest), pointer<void>(d_z), pointer<float>(d_memory),
+                             threads);
+}
+
+void guided(const RowArguments &z, const RowArguments &values, uintptr_t memory, const Shape &shape,
+            uintptr_t offsets, int64_t bags, bool per_class, float temperature, uintptr_t pooled,
+            uintptr_t attention, uintptr_t nearest, int threads) {
+  const Rows rows = rows_of(z), pooling = rows_of(values);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  memory_guided_pool(rows, pooling, pointer<const float>(memory), sizes,
+                     {pointer<const int32_t>(offsets), bags, per_class, temperature}, pointer<float>(pooled),
+                     pointer<float>(attention), pointer<int32_t>(nearest), threads);
+}
+
+void guided_backward(uintptr_t grad, const RowArguments &z, const RowArguments &values, uintptr_t memory,
+                     const Shape &shape, uintptr_t offsets, int64_t bags, bool per_class, float temperature,
+                     uintptr_t pooled, uintptr_t attention, uintptr_t nearest, uintptr_t d_z,
+                     uintptr_t d_values, uintptr_t d_temperature, int threads) {
+  const Rows rows = rows_of(z), pooling = rows_of(values);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  memory_guided_pool_backward(pointer<const float>(grad), rows, pooling, pointer<const float>(memory), sizes,
+                              {pointer<const int32_t>(offsets), bags, per_class, temperature},
+                              pointer<const float>(pooled), pointer<const float>(attention),
+                              pointer<const int32_t>(nearest), pointer<void>(d_z), pointer<void>(d_values),
+                              pointer<float>(d_temperature), threads);
+}
+
+}  // namespace
+
+void bind_memory(py::module_ &m) {
+  using py::arg;
+  m.def("memory_similarity", &similarity, arg("z"), arg("memory_ptr"), arg("shape"), arg("tau"),
+        arg("value_ptr"), arg("nearest_ptr"), arg("threads"));
+  m.def("memory_similarity_backward", &similarity_backward, arg("grad_ptr"), arg("z"), arg("memory_ptr"),
+        arg("shape"), arg("tau"), arg("nearest_ptr"), arg("d_z_ptr"), arg("d_memory_ptr"), arg("threads"));
+  m.def("memory_guided_pool", &guided, arg("z"), arg("values"), arg("memory_ptr"), arg("shape"),
+        arg("offsets_ptr"), arg("bags"), arg("per_class"), arg("temperature"), arg("pooled_ptr"),
+        arg("attention_ptr"), arg("nearest_ptr"), arg("threads"));
+  m.def("memory_guided_pool_backward", &guided_backward, arg("grad_ptr"), arg("z"), arg("values"),
+        arg("memory_ptr"), arg("shape"), arg("offsets_ptr"), arg("bags"), arg("per_class"),
+        arg("temperature"), arg("pooled_ptr"), arg("attention_ptr"), arg("nearest_ptr"), arg("d_z_ptr"),
+        arg("d_values_ptr"), arg("d_temperature_ptr"), arg("threads"));
+}
+
+}  // namespace momkd

@@ -1,0 +1,241 @@
+#include "cpu/memory.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/memory_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/pool.h"
+
+namespace momkd {
+namespace {
+
+const void *row_of(const Rows &rows, int64_t i) {
+  return static_cast<const char *>(rows.data) + i * rows.stride * item_size(rows.type);
+}
+
+// Where row i of a result begins whose rows lie one after the other; null stays null.
+void *row_of(void *data, const Rows &like, int64_t i) {
+  return data ? static_cast<char *>(data) + i * like.width * item_size(like.type) : nullptr;
+}
+
+// The unit slots, and what they were divided by.
+class UnitBank {
+ public:
+  UnitBank(const float *memory, const MemoryShape &shape)
+      : rows_(shape.classes * shape.slots * shape.width),
+        view_{rows_.get(), nullptr, shape.classes, shape.slots, shape.width},
+        grouped_(shape.classes * groups_of(view_) * shape.width * kSlotGroup),
+        norm_(shape.classes * shape.slots) {
+    view_.grouped = grouped_.get();
+    std::fill_n(grouped_.get(), shape.classes * groups_of(view_) * shape.width * kSlotGroup, 0.0f);
+    for (int64_t slot = 0; slot < shape.classes * shape.slots; ++slot) {
+      const float *from = memory + slot * shape.width;
+      double squared = 0;
+      for (int64_t j = 0; j < shape.width; ++j) squared += static_cast<double>(from[j]) * from[j];
+      const double length = std::sqrt(squared);
+      norm_[slot] = length < kUnitEps ? double{kUnitEps} : length;
+      const int64_t k = slot % shape.slots, group = slot / shape.slots * groups_of(view_) + k / kSlotGroup;
+      float *row = rows_.get() + slot * shape.width;
+      float *column = grouped_.get() + group * shape.width * kSlotGroup + k % kSlotGroup;
+      for (int64_t j = 0; j < shape.width; ++j)
+        column[j * kSlotGroup] = row[j] = static_cast<float>(from[j] / norm_[slot]);
+    }
+  }
+  const BankView &view() const { return view_; }
+
+  // The gradient of the memory from that of the unit slots.
+  void pull(const double *d_unit, float *d_memory) const {
+    for (int64_t slot = 0; slot < view_.classes * view_.slots; ++slot) {
+      const float *unit = rows_.get() + slot * view_.width;
+      const double *d = d_unit + slot * view_.width;
+      double radial = 0;
+      for (int64_t j = 0; j < view_.width; ++j) radial += d[j] * unit[j];
+      if (norm_[slot] <= kUnitEps) radial = 0;
+      for (int64_t j = 0; j < view_.width; ++j)
+        d_memory[slot * view_.width + j] = static_cast<float>((d[j] - radial * unit[j]) / norm_[slot]);
+    }
+  }
+
+ private:
+  Buffer<float> rows_;
+  BankView view_;
+  Buffer<float> grouped_;
+  Buffer<double> norm_;
+};
+
+constexpr int64_t kRows = BagPieces::kRows;
+constexpr int64_t kWorkspace = int64_t{32} << 20;  // bytes of partial gradients of the memory, at most
+
+// The largest similarity of the other classes, and which.
+struct Rival {
+  float value;
+  int64_t label;
+};
+
+Rival rival_of(const float *similarity, int64_t classes, int64_t own) {
+  Rival best{0, -1};
+  for (int64_t c = 0; c < classes; ++c) {
+    if (c == own) continue;
+    const float here = similarity[c];
+    if (best.label < 0 || here > best.value || (here != here && best.value == best.value)) best = {here, c};
+  }
+  return best;
+}
+
+// (C,) similarities of a row to (H,) margins.
+void margins(const float *similarity, int64_t classes, bool per_class, float *margin) {
+  if (!per_class) {
+    margin[0] = similarity[1] - similarity[0];
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) margin[c] = similarity[c] - rival_of(similarity, classes, c).value;
+}
+
+void margins_backward(const float *similarity, const float *d_margin, int64_t classes, bool per_class,
+                      float *d_similarity) {
+  if (!per_class) {
+    d_similarity[0] = -d_margin[0];
+    d_similarity[1] = d_margin[0];
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) d_similarity[c] = d_margin[c];
+  for (int64_t c = 0; c < classes; ++c) d_similarity[rival_of(similarity, classes, c).label] -= d_margin[c];
+}
+
+}  // namespace
+
+void memory_similarity(const Rows &z, const float *memory, const MemoryShape &shape, float tau,
+                       float *similarity, int32_t *nearest, int threads) {
+  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
+  const UnitBank bank(memory, shape);
+  const BankView &view = bank.view();
+  const int64_t tasks = (z.n + kRows - 1) / kRows;
+  const int workers = workers_for(tasks, threads);
+  const Buffer<float> scratch(workers * scratch_of(view));
+  parallel_for(tasks, workers, [&](int64_t task, int worker) {
+    const int64_t first = task * kRows, at = first * shape.classes;
+    kernels.reduce[static_cast<int>(z.type)](row_of(z, first), z.stride, std::min(kRows, z.n - first), view,
+                                             tau, similarity + at, nearest + at,
+                                             scratch.get() + worker * scratch_of(view));
+  });
+}
+
+void memory_similarity_backward(const float *grad, const Rows &z, const float *memory,
+                                const MemoryShape &shape, float tau, const int32_t *nearest, void *d_z,
+                                float *d_memory, int threads) {
+  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
+  const UnitBank bank(memory, shape);
+  const BankView &view = bank.view();
+  const int type = static_cast<int>(z.type);
+  const int64_t size = shape.classes * shape.slots * shape.width;
+  // Rows of a task: more where their partial gradients would not fit the workspace.
+  const int64_t most = d_memory ? std::max<int64_t>(kWorkspace / (size * 4), 1) : z.n;
+  const int64_t rows = std::max(kRows, (z.n + most - 1) / std::max<int64_t>(most, 1));
+  const int64_t tasks = (z.n + rows - 1) / rows;
+  const int workers = workers_for(tasks, threads);
+  const Buffer<float> scratch(workers * scratch_of(view));
+  const Buffer<float> partial(d_memory ? tasks * size : 0);
+  parallel_for(tasks, workers, [&](int64_t task, int worker) {
+    const int64_t first = task * rows, count = std::min(rows, z.n - first), at = first * shape.classes;
+    float *own = scratch.get() + worker * scratch_of(view);
+    float *d_bank = d_memory ? partial.get() + task * size : nullptr;
+    if (d_bank) std::fill_n(d_bank, size, 0.0f);
+    void *out = row_of(d_z, z, first);
+    if (tau > 0)
+      kernels.pull_lse[type](row_of(z, first), z.stride, count, view, tau, grad + at, out, d_bank, own);
+    else
+      kernels.pull_max[type](row_of(z, first), z.stride, count, view, nearest + at, grad + at, out, d_bank,
+                             own);
+  });
+  if (!d_memory) return;
+  std::vector<double> total(static_cast<size_t>(size), 0.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t j = 0; j < size; ++j) total[static_cast<size_t>(j)] += partial[task * size + j];
+  bank.pull(total.data(), d_memory);
+}
+
+void memory_guided_pool(const Rows &z, const Rows &values, const float *memory, const MemoryShape &shape,
+                        const GuidedBags &bags, float *pooled, float *attention, int32_t *nearest,
+                        int threads) {
+  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
+  const UnitBank bank(memory, shape);
+  const BankView &view = bank.view();
+  const int64_t heads = bags.per_class ? shape.classes : 1;
+  const BagPieces pieces(bags.offsets, bags.bags);
+  const int64_t tasks = static_cast<int64_t>(pieces.pieces.size());
+  const int workers = workers_for(tasks, threads);
+  const int64_t own_size = scratch_of(view) + kRows * shape.classes;
+  const Buffer<float> scratch(workers * own_size);
+  const Buffer<float> stats(bags.bags * heads * 2);
+  PartialPools partial(pieces, values, heads, workers);
+  parallel_for(tasks, workers, [&](int64_t task, int worker) {
+    const BagPiece &piece = pieces.pieces[static_cast<size_t>(task)];
+    const int64_t rows = piece.last - piece.first;
+    float *own = scratch.get() + worker * own_size, *similarity = own + scratch_of(view);
+    kernels.reduce[static_cast<int>(z.type)](row_of(z, piece.first), z.stride, rows, view, 0, similarity,
+                                             nearest + piece.first * shape.classes, own);
+    float *scores = attention + piece.first * heads;
+    for (int64_t i = 0; i < rows; ++i) {
+      margins(similarity + i * shape.classes, shape.classes, bags.per_class, scores + i * heads);
+      for (int64_t h = 0; h < heads; ++h) scores[i * heads + h] /= bags.temperature;
+    }
+    partial.piece(task, scores, worker);
+  });
+  partial.combine(pooled, stats.get(), threads);
+  softmax_weights(attention, stats.get(), pieces, heads, attention, threads);
+}
+
+void memory_guided_pool_backward(const float *grad, const Rows &z, const Rows &values, const float *memory,
+                                 const MemoryShape &shape, const GuidedBags &bags, const float *pooled,
+                                 const float *attention, const int32_t *nearest, void *d_z, void *d_values,
+                                 float *d_temperature, int threads) {
+  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
+  const UnitBank bank(memory, shape);
+  const BankView &view = bank.view();
+  const int64_t classes = shape.classes, heads = bags.per_class ? classes : 1;
+  const int type = static_cast<int>(z.type);
+  const BagPieces pieces(bags.offsets, bags.bags);
+  const int64_t tasks = static_cast<int64_t>(pieces.pieces.size());
+  const int workers = workers_for(tasks, threads);
+  const bool scores_too = d_z || d_temperature;
+  const Buffer<float> d_scores(scores_too ? values.n * heads : 0);
+  const int64_t own_size = scratch_of(view) + 2 * kRows * classes + classes;
+  const Buffer<float> scratch(scores_too ? workers * own_size : 0);
+  std::vector<double> d_inverse(static_cast<size_t>(tasks), 0.0);  // by piece: Σ d_score · margin
+  const std::vector<float> inner = inner_products(grad, pooled, bags.bags * heads, values.width);
+  parallel_for(tasks, workers, [&](int64_t task, int worker) {
+    const BagPiece &piece = pieces.pieces[static_cast<size_t>(task)];
+    pool_backward_piece(piece, values, grad, inner.data(), attention, heads,
+                        scores_too ? d_scores.get() : nullptr, d_values);
+    if (!scores_too) return;
+    const int64_t rows = piece.last - piece.first;
+    const int32_t *slots = nearest + piece.first * classes;
+    float *own = scratch.get() + worker * own_size, *similarity = own + scratch_of(view);
+    float *d_similarity = similarity + kRows * classes, *margin = d_similarity + kRows * classes;
+    kernels.chosen[type](row_of(z, piece.first), z.stride, rows, view, slots, similarity, own);
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      float *d_score = d_scores.get() + (piece.first + i) * heads;
+      margins(similarity + i * classes, classes, bags.per_class, margin);
+      for (int64_t h = 0; h < heads; ++h) {
+        sum += static_cast<double>(d_score[h]) * margin[h];
+        d_score[h] /= bags.temperature;
+      }
+      margins_backward(similarity + i * classes, d_score, classes, bags.per_class,
+                       d_similarity + i * classes);
+    }
+    d_inverse[static_cast<size_t>(task)] = sum;
+    if (d_z)
+      kernels.pull_max[type](row_of(z, piece.first), z.stride, rows, view, slots, d_similarity,
+                             row_of(d_z, z, piece.first), nullptr, own);
+  });
+  if (!d_temperature) return;
+  double total = 0;
+  for (double sum : d_inverse) total += sum;
+  *d_temperature = static_cast<float>(-total / (static_cast<double>(bags.temperature) * bags.temperature));
+}
+
+}  // namespace momkd

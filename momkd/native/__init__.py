@@ -1,0 +1,65 @@
+"""The native CPU kernels (`momkd._C`): torch tensors in, raw pointers out. No mathematics here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@cache
+def extension() -> tuple[Any, str]:
+    """The module `momkd._C`, or None and why it is not there."""
+    try:
+        return importlib.import_module("momkd._C"), "built"
+    except ImportError as error:
+        return None, f"the extension momkd._C is not installed ({error}); reinstall with a C++ compiler"
+
+
+_MODULES = {
+    "gated_attention_pool": "pooling",
+    "attention_pool": "pooling",
+    "memory_similarity": "memory",
+    "memory_guided_pool": "memory",
+    "ema_accumulate": "ema",
+    "ema_apply_": "ema",
+    "ema_scatter_": "ema",
+}
+
+
+def kernels(op: str) -> ModuleType:
+    """The module that holds the functions of `op`."""
+    return importlib.import_module(f"momkd.native.{_MODULES[op]}")
+
+
+def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
+    """Whether the native kernels take these tensors. Those of an EMA begin with the memory and the rows or sums."""
+    module, reason = extension()
+    if module is None:
+        return False, reason
+    tensors = [t for t in args if t is not None]
+    if other := [t.device for t in tensors if t.device.type != "cpu"]:
+        return False, f"runs on the CPU, the tensors are on {other[0]}"
+    if op.startswith("ema_") and tensors:
+        memory, *tensors = tensors[:2]
+        if memory.dtype != torch.float32 or not memory.is_contiguous():
+            return False, f"takes a contiguous float32 memory, got {memory.dtype} with strides {memory.stride()}"
+    if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in DTYPES]:
+        return False, f"takes float32, float16 and bfloat16, got {str(bad[0]).removeprefix('torch.')}"
+    return True, "CPU tensors"
+
+
+def rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """A tensor (n, width) with columns one after the other, and what the kernels are told of it.
+
+    The tensor must live until the call is over.
+    """
+    laid = tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    return laid, (laid.data_ptr(), DTYPES[laid.dtype], laid.shape[0], laid.shape[1], laid.stride(0))

@@ -1,0 +1,122 @@
+"""The ops on the memory by `momkd._C`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from momkd.native import extension, rows
+
+
+def _single(memory: Tensor) -> Tensor:
+    return memory.to(torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _like(tensor: Tensor, needed: bool) -> Tensor | None:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
+
+
+def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float) -> tuple[Tensor, Tensor]:
+    z, about = rows(z)
+    bank = _single(memory)
+    value, slots = torch.empty(z.shape[0], bank.shape[0]), torch.empty(z.shape[0], bank.shape[0], dtype=torch.int32)
+    extension()[0].memory_similarity(
+        about,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        tau if reduce == "lse" else 0.0,
+        value.data_ptr(),
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return value, slots
+
+
+def memory_similarity_backward(
+    grad: Tensor, z: Tensor, memory: Tensor, reduce: str, tau: float, slots: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    z, about = rows(z)
+    grad, bank = _single(grad), _single(memory)
+    d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
+    extension()[0].memory_similarity_backward(
+        grad.data_ptr(),
+        about,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        tau if reduce == "lse" else 0.0,
+        slots.data_ptr(),
+        _pointer(d_z),
+        _pointer(d_bank),
+        torch.get_num_threads(),
+    )
+    return d_z, None if d_bank is None else d_bank.to(memory.dtype)
+
+
+def memory_guided_pool(
+    z: Tensor, values: Tensor, memory: Tensor, offsets: Tensor, temperature: Tensor, per_class: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (z, about), (values, pooling) = rows(z), rows(values)
+    bank, offsets = _single(memory), offsets.to(torch.int32).contiguous()
+    bags, classes = offsets.numel() - 1, bank.shape[0]
+    heads = classes if per_class else 1
+    pooled, attention = torch.empty(bags, heads, values.shape[1]), torch.empty(z.shape[0], heads)
+    slots = torch.empty(z.shape[0], classes, dtype=torch.int32)
+    extension()[0].memory_guided_pool(
+        about,
+        pooling,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        offsets.data_ptr(),
+        bags,
+        per_class,
+        float(temperature),
+        pooled.data_ptr(),
+        attention.data_ptr(),
+        slots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return pooled.to(values.dtype), attention, slots
+
+
+def memory_guided_pool_backward(
+    grad: Tensor,
+    z: Tensor,
+    values: Tensor,
+    memory: Tensor,
+    offsets: Tensor,
+    temperature: Tensor,
+    per_class: bool,
+    pooled: Tensor,
+    attention: Tensor,
+    slots: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (z, about), (values, pooling) = rows(z), rows(values)
+    grad, bank, offsets, pooled = _single(grad), _single(memory), offsets.to(torch.int32).contiguous(), _single(pooled)
+    d_z, d_values = _like(z, needs[0]), _like(values, needs[1])
+    d_temperature = torch.empty(1) if needs[2] else None
+    extension()[0].memory_guided_pool_backward(
+        grad.data_ptr(),
+        about,
+        pooling,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        offsets.data_ptr(),
+        offsets.numel() - 1,
+        per_class,
+        float(temperature),
+        pooled.data_ptr(),
+        attention.data_ptr(),
+        slots.data_ptr(),
+        _pointer(d_z),
+        _pointer(d_values),
+        _pointer(d_temperature),
+        torch.get_num_threads(),
+    )
+    if d_temperature is not None:
+        d_temperature = d_temperature.reshape(temperature.shape).to(temperature.dtype)
+    return d_z, d_values, d_temperature

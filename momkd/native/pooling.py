@@ -1,0 +1,157 @@
+"""Pooling by `momkd._C`: attention_pool, and gated_attention_pool with its products by torch on blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from momkd.native import extension, rows
+from momkd.reference.gated_attention_pool import GateParameters
+from momkd.reference.philox import keep_scale, keep_threshold
+
+BLOCK = 1024  # rows whose gate is held at once
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()
+
+
+def _bags(offsets: Tensor) -> tuple[Tensor, int]:
+    return offsets.to(torch.int32).contiguous(), offsets.numel() - 1
+
+
+def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    values, about = rows(values)
+    scores, (offsets, bags) = _single(scores), _bags(offsets)
+    heads = scores.shape[1]
+    pooled = torch.empty(bags, heads, values.shape[1])
+    stats = torch.empty(bags, heads, 2)
+    extension()[0].attention_pool(
+        about,
+        scores.data_ptr(),
+        offsets.data_ptr(),
+        bags,
+        heads,
+        pooled.data_ptr(),
+        stats.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return pooled.to(values.dtype), stats
+
+
+def attention_pool_backward(
+    grad: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    offsets: Tensor,
+    pooled: Tensor,
+    stats: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    values, about = rows(values)
+    grad, scores_single, pooled, (offsets, bags) = _single(grad), _single(scores), _single(pooled), _bags(offsets)
+    d_values = torch.empty_like(values, memory_format=torch.contiguous_format) if needs[0] else None
+    d_scores = torch.empty_like(scores_single) if needs[1] else None
+    extension()[0].attention_pool_backward(
+        grad.data_ptr(),
+        about,
+        scores_single.data_ptr(),
+        offsets.data_ptr(),
+        bags,
+        scores.shape[1],
+        pooled.data_ptr(),
+        stats.data_ptr(),
+        0 if d_scores is None else d_scores.data_ptr(),
+        0 if d_values is None else d_values.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return d_values, None if d_scores is None else d_scores.to(scores.dtype)
+
+
+class _Gate:
+    """The parameters as the kernels read them, and the two products of a block of rows."""
+
+    def __init__(self, x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None) -> None:
+        w_v, b_v, w_u, b_u, w_a, b_a = parameters
+        branches = [(w_v, b_v)] if w_u is None else [(w_v, b_v), (w_u, b_u)]
+        self.x, self.gated, (self.heads, self.hidden) = x, w_u is not None, w_a.shape
+        self.weight = torch.cat([weight.to(torch.float32) for weight, _ in branches])  # (D or 2 D, L)
+        zero = torch.zeros(self.hidden)
+        self.bias = torch.cat([zero if bias is None else bias.to(torch.float32) for _, bias in branches])
+        self.w_a, self.b_a = _single(w_a), None if b_a is None else _single(b_a)
+        self.dropout = (0, 1.0)
+        self.seed = 0
+        if dropout_p > 0 and seed is not None:
+            self.dropout, self.seed = (keep_threshold(dropout_p), keep_scale(dropout_p)), int(seed)
+        self.pre = torch.empty(min(BLOCK, x.shape[0]), len(self.bias))
+
+    def blocks(self) -> range:
+        return range(0, self.x.shape[0], BLOCK)
+
+    def product(self, first: int) -> tuple[Tensor, Tensor]:
+        """The rows from `first` on in float32, and what their activations see: (rows, L), (rows, D or 2 D)."""
+        x = self.x[first : first + BLOCK].to(torch.float32)
+        return x, torch.addmm(self.bias, x, self.weight.T, out=self.pre[: x.shape[0]])
+
+    def about(self, pre: Tensor, first: int) -> tuple[object, ...]:
+        """What the kernels are told of a block and of its dropout."""
+        shape = (pre.shape[0], self.hidden, self.heads, self.gated)
+        return (pre.data_ptr(), *shape, self.seed, first, *self.dropout, self.w_a.data_ptr())
+
+
+def gated_attention_pool(
+    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate = _Gate(x, parameters, dropout_p, seed)
+    scores = torch.empty(x.shape[0], gate.heads)
+    bias = 0 if gate.b_a is None else gate.b_a.data_ptr()
+    for first in gate.blocks():
+        _, pre = gate.product(first)
+        extension()[0].gate_scores(*gate.about(pre, first), bias, scores[first:].data_ptr(), torch.get_num_threads())
+    pooled, stats = attention_pool(x, scores, offsets)
+    return pooled, scores, stats
+
+
+def gated_attention_pool_backward(
+    grad_pooled: Tensor,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    parameters: GateParameters,
+    dropout_p: float,
+    seed: Tensor | None,
+    pooled: Tensor,
+    scores: Tensor,
+    stats: Tensor,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    d_x, d_scores = attention_pool_backward(grad_pooled, x, scores, offsets, pooled, stats, (needs[0], True))
+    assert d_scores is not None
+    if grad_scores is not None:
+        d_scores += grad_scores
+    gate = _Gate(x, parameters, dropout_p, seed)
+    d_weight = torch.zeros_like(gate.weight) if needs[1] or needs[3] else None
+    d_bias, d_w_a = torch.zeros_like(gate.bias), torch.zeros_like(gate.w_a)
+    for first in gate.blocks():
+        block, pre = gate.product(first)
+        extension()[0].gate_backward(
+            *gate.about(pre, first),
+            d_scores[first:].data_ptr(),
+            d_w_a.data_ptr(),
+            d_bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if d_weight is not None:
+            d_weight.addmm_(pre.T, block)
+        if d_x is not None:
+            d_x[first : first + BLOCK] += pre @ gate.weight
+    grads: list[Tensor | None] = [d_x]
+    for branch in range(2):
+        own = slice(branch * gate.hidden, (branch + 1) * gate.hidden)
+        grads += [None if d_weight is None else d_weight[own], d_bias[own]]
+    grads += [d_w_a, d_scores.sum(0)]
+    like = (x, *parameters)
+    return tuple(
+        None if t is None or g is None or not need else g if g is d_x else g.to(t.dtype, copy=True)
+        for g, t, need in zip(grads, like, needs, strict=True)
+    )

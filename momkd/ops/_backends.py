@@ -1,0 +1,19 @@
+"""Where an op's functions are: every backend holds them under the same names, with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from momkd import gpu, native, reference
+from momkd.dispatch import choose
+
+
+def backend_of(op: str, backend: str, args: Sequence[Tensor | None]) -> Any:
+    """The module whose functions run `op` on these tensors: the named backend or the best that can."""
+    chosen = choose(op, backend, args)
+    if chosen == "triton":
+        return gpu.kernels(op)
+    return native.kernels(op) if chosen == "native" else reference
