@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import gpu, reference
-from momkd.dispatch import choose
 from momkd.graph import Edges
 from momkd.ops import _gradients
+from momkd.ops._backends import backend_of
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
 
@@ -26,11 +25,10 @@ def graph_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_l, x_r (N, H·C), att (H, C), `Edges.tensors()` -> out (N, H·C), scores (E + N, H), stats (N, H, 2)."""
-    chosen = choose("graph_attention", backend, (x_l, x_r, att, edges[0]))
-    forward: Any = reference.graph_attention
-    if chosen == "triton":
-        forward = gpu.kernels("graph_attention").graph_attention
-    result: tuple[Tensor, Tensor, Tensor] = forward(x_l, x_r, att, Edges(*edges), negative_slope, dropout_p, seed)
+    where = backend_of("graph_attention", backend, (x_l, x_r, att, edges[0]))
+    result: tuple[Tensor, Tensor, Tensor] = where.graph_attention(
+        x_l, x_r, att, Edges(*edges), negative_slope, dropout_p, seed
+    )
     return result
 
 
@@ -70,12 +68,10 @@ def graph_attention_backward(
     backend: str,
 ) -> list[Tensor]:
     """The gradients of x_l, x_r and att; empty where not needed."""
-    chosen = choose("graph_attention", backend, (x_l, x_r, att, edges[0]))
-    backward: Any = reference.graph_attention_backward
-    if chosen == "triton":
-        backward = gpu.kernels("graph_attention").graph_attention_backward
+    where = backend_of("graph_attention", backend, (x_l, x_r, att, edges[0]))
     saved = x_l, x_r, att, Edges(*edges), negative_slope, dropout_p, seed, out, scores, stats
-    return _gradients.pack(backward(grad, *saved, (needs[0], needs[1], needs[2])), x_l)
+    grads = where.graph_attention_backward(grad, *saved, (needs[0], needs[1], needs[2]))
+    return _gradients.pack(grads, x_l)
 
 
 @graph_attention_backward.register_fake
