@@ -45,6 +45,7 @@ void use_isa_named(const std::string &name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native CPU kernels of momkd: raw pointers and sizes; called through momkd.ops.";
   bind_ema(m);
+  bind_graph(m);
   bind_memory(m);
   bind_pool(m);
   m.def("build_info", &build_info,

@@ -34,6 +34,7 @@ inline Rows rows_of(const RowArguments &arguments) {
 }
 
 void bind_ema(pybind11::module_ &m);
+void bind_graph(pybind11::module_ &m);
 void bind_memory(pybind11::module_ &m);
 void bind_pool(pybind11::module_ &m);
 

@@ -14,6 +14,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from momkd.graph import Edges, batch
+
 _MAX_ROWS = 2**31 - 1
 
 
@@ -25,6 +27,7 @@ class Bags:
         features: (N, L) any float dtype; row i is the feature vector of one patch.
         offsets: (B + 1,) int32 on the device of `features`, from 0 to N, never decreasing (`cu_seqlens` elsewhere).
         lengths: the B bag sizes on the host. Left out, they are read from `offsets`, which waits for the device once.
+        edges: a graph over the N rows, whose edges stay inside a bag, for encoders that want one; see `momkd.graph`.
 
     Raises:
         ValueError: shapes, dtype, device or order don't fit; the message says what was expected and what came.
@@ -38,6 +41,7 @@ class Bags:
     features: Tensor  # (N, L)
     offsets: Tensor  # (B + 1,)
     lengths: tuple[int, ...] = ()
+    edges: Edges | None = None
 
     def __post_init__(self) -> None:
         x, offsets = self.features, self.offsets
@@ -66,6 +70,10 @@ class Bags:
         if sum(self.lengths) != x.shape[0]:
             raise ValueError(
                 f"offsets: expected to end at N = {x.shape[0]} (rows of features), got {sum(self.lengths)}"
+            )
+        if self.edges is not None and (self.edges.num_nodes != x.shape[0] or self.edges.device != x.device):
+            raise ValueError(
+                f"edges: expected a graph of {x.shape[0]} nodes on {x.device} like features, got {self.edges}"
             )
 
     # -- making --------------------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ class Bags:
     @overload
     def __getitem__(self, index: slice) -> Bags: ...
     def __getitem__(self, index: int | slice) -> Tensor | Bags:
-        """One bag as a view (n, L), or a run of bags as `Bags`; a step other than 1 copies."""
+        """One bag as a view (n, L), or a run of bags as `Bags` with their graph; a step other than 1 copies."""
         if isinstance(index, int):
             return self.unbind()[index]
         start, stop, step = index.indices(len(self))
@@ -148,10 +156,18 @@ class Bags:
         if not bags:
             return Bags.from_lengths(self.features[:0], [])
         if step != 1:
-            return Bags.from_list(bags)
+            return self._with_graphs_of(Bags.from_list(bags), range(start, stop, step))
         first = sum(self.lengths[:start])
         lengths = self.lengths[start:stop]
-        return Bags.from_lengths(self.features[first : first + sum(lengths)], lengths)
+        cut = Bags.from_lengths(self.features[first : first + sum(lengths)], lengths)
+        return self._with_graphs_of(cut, range(start, stop))
+
+    def _with_graphs_of(self, cut: Bags, chosen: range) -> Bags:
+        """`cut`, which holds these bags of mine, with their part of my graph."""
+        if self.edges is None:
+            return cut
+        ends = [0, *accumulate(self.lengths)]
+        return cut.with_edges(batch([self.edges.rows(ends[b], ends[b + 1]) for b in chosen]))
 
     @property
     def device(self) -> torch.device:
@@ -174,6 +190,17 @@ class Bags:
             raise ValueError(f"features: expected {self.num_rows} rows, got {tuple(features.shape)}")
         return replace(self, features=features)
 
+    def with_edges(self, edges: Edges | None) -> Bags:
+        """The same bags with a graph over their rows; `momkd.graph.batch` joins those of the bags.
+
+        Example:
+            >>> coords = [torch.rand(70, 2), torch.rand(500, 2)]
+            >>> bags = Bags.from_list([torch.randn(70, 32), torch.randn(500, 32)])
+            >>> bags.with_edges(momkd.graph.batch([momkd.graph.knn(xy) for xy in coords])).edges
+            Edges(570 nodes, 4560 edges, cpu)
+        """
+        return replace(self, edges=edges)
+
     def to(
         self,
         device: torch.device | str | None = None,
@@ -183,11 +210,13 @@ class Bags:
     ) -> Bags:
         """Move to `device`; `dtype` applies to the features alone."""
         features = self.features.to(device=device, dtype=dtype, non_blocking=non_blocking)
-        return Bags(features, self.offsets.to(device=device, non_blocking=non_blocking), self.lengths)
+        edges = self.edges if self.edges is None else self.edges.to(features.device, non_blocking=non_blocking)
+        return Bags(features, self.offsets.to(device=device, non_blocking=non_blocking), self.lengths, edges)
 
     def pin_memory(self) -> Bags:
         """Page-locked copies, so that `.to(device, non_blocking=True)` does not wait."""
-        return Bags(self.features.pin_memory(), self.offsets.pin_memory(), self.lengths)
+        edges = None if self.edges is None else self.edges.pin_memory()
+        return Bags(self.features.pin_memory(), self.offsets.pin_memory(), self.lengths, edges)
 
     def __repr__(self) -> str:
         n, width = self.features.shape

@@ -31,6 +31,9 @@ Features = Annotated[Path, typer.Option("--features", help="Folder of feature fi
 SomeFeatures = Annotated[Path | None, typer.Option("--features", help="Folder of feature files, one a slide.")]
 Label = Annotated[str | None, typer.Option("--label", help="Column of the labels.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda:1; a GPU where there is one.")]
+Graphs = Annotated[
+    Path | None, typer.Option("--graphs", help="Folder that keeps graphs of patches, for the encoder gatv2.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out slides that cannot be used, and list them.")]
 
 
@@ -44,7 +47,11 @@ def train(
     omics: Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")] = None,
     fold: Annotated[list[int] | None, typer.Option("--fold", help="Train this split; may be repeated.")] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="fast: MoMKD; abmil: slide alone; omics: genes alone.")
+        str,
+        typer.Option(
+            "--preset",
+            help="paper: MoMKD, patches see neighbours; fast: MoMKD; abmil: slide alone; omics: genes alone.",
+        ),
     ] = "fast",
     config: Annotated[Path | None, typer.Option("--config", help="TOML with options over the preset.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value over it; may be repeated.")] = None,
@@ -52,6 +59,7 @@ def train(
     skip_bad: SkipBad = False,
     allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow a case in two parts of a split.")] = False,
     device: Device = None,
+    graphs: Graphs = None,
 ) -> None:
     """Train a model on every fold, predict its test slides, and evaluate."""
     from momkd.config import Config, read_config
@@ -77,6 +85,7 @@ def train(
             skip_bad=skip_bad,
             leaks=allow_leaks,
             device=device,
+            graphs=graphs,
             reporter=reporter,
         )
     _show_metrics(run.folder)
@@ -91,6 +100,7 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
     skip_bad: SkipBad = False,
     device: Device = None,
+    graphs: Graphs = None,
 ) -> None:
     """Metrics of a run with intervals; with --features and --labels also on an external cohort."""
     from momkd.evaluate import evaluate_external, evaluate_run
@@ -100,7 +110,8 @@ def evaluate(
     if (features is None) != (labels is None):
         raise InputError("evaluate: expected --features and --labels together, got one of them; give both or none")
     if features is not None and labels is not None:
-        _say_skipped(evaluate_external(opened, features, labels, label=label, skip_bad=skip_bad, device=device))
+        options: dict[str, Any] = {"label": label, "skip_bad": skip_bad, "device": device, "graphs": graphs}
+        _say_skipped(evaluate_external(opened, features, labels, **options))
     evaluate_run(opened, bootstrap=bootstrap)
     _show_metrics(run)
 
@@ -116,6 +127,7 @@ def predict(
     fold: Annotated[list[int] | None, typer.Option("--fold", help="Use this fold's model; may be repeated.")] = None,
     skip_bad: SkipBad = False,
     device: Device = None,
+    graphs: Graphs = None,
 ) -> None:
     """Predict slides from their features alone, by the mean of the folds' models."""
     from momkd.predict import predict_run
@@ -132,6 +144,7 @@ def predict(
             folds=fold,
             skip_bad=skip_bad,
             device=device,
+            graphs=graphs,
             report=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _say_skipped(skipped)
@@ -160,6 +173,50 @@ def splits(
     write_splits(out, made)
     sizes = ", ".join(f"{len(slides)} {part}" for part, slides in made[0].parts().items())
     out_console.print(f"{len(made)} splits (the first: {sizes} slides): {out}", soft_wrap=True)
+
+
+@app.command()
+def graph(
+    features: Annotated[Path, typer.Argument(help="Folder of feature files with coordinates, one a slide.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the graphs; give it to --graphs.")],
+    neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="Nearest patches of each patch.")] = 8,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Make the graphs of patches that the encoder gatv2 sees, once for all runs."""
+    from momkd.data.cohort import open_cohort
+    from momkd.progress import progress_bar
+
+    cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours, graphs=out)
+    assert cohort.graphs is not None
+    edges = 0
+    with progress_bar(out_console) as bar:
+        for slide in bar.track(cohort.paths, description="graph"):
+            try:
+                edges += cohort.graphs(slide).num_edges
+            except InputError as error:
+                if not skip_bad:
+                    raise
+                cohort.skipped[slide] = str(error)
+    _say_skipped(cohort.skipped)
+    made = len(cohort) - sum(slide in cohort.skipped for slide in cohort.paths)
+    out_console.print(f"{made} graphs of {edges} edges: {out}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of the released MoMKD, or the folder of a run.")],
+    out: Annotated[Path, typer.Option("--out", help="The run to make, or the checkpoint to write (.pt).")],
+    fold: Annotated[int, typer.Option("--fold", min=0, help="Of the run, which model.")] = 0,
+    classes: Annotated[str, typer.Option("--classes", help="Names of the two classes of the checkpoint.")] = "0,1",
+) -> None:
+    """Turn the released MoMKD's checkpoint into a run that `momkd predict` takes, or a run into such a checkpoint."""
+    from momkd.convert import checkpoint_to_run, run_to_checkpoint
+
+    if source.is_dir():
+        run_to_checkpoint(source, out, fold=fold)
+    else:
+        checkpoint_to_run(source, out, classes=classes.split(","))
+    out_console.print(f"{source} converted: {out}", soft_wrap=True)
 
 
 @app.command()

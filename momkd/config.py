@@ -39,7 +39,13 @@ class ModelConfig:
     kind: str = _choice(
         "momkd", ("momkd", "abmil", "omics"), "momkd; abmil is the slide alone; omics is the genomics tower alone"
     )
-    encoder: str = _choice("mlp", ("mlp", "identity"), "of the patches: mlp is Linear, LayerNorm, GELU")
+    encoder: str = _choice(
+        "mlp", ("mlp", "identity", "gatv2"), "of the patches: mlp is Linear, LayerNorm, GELU; gatv2 sees neighbours"
+    )
+    heads: int = _number(2, 1, 64, "of gatv2; divides hidden_features")
+    neighbours: int = _number(8, 1, 64, "k of the graph of patches that gatv2 sees")
+    attention_dropout: float = _number(0.5, 0, 0.99, "of the attention between patches, in gatv2")
+    encoder_dropout: float = _number(0.25, 0, 0.99, "of what gatv2 adds to its residual")
     pooling: str = _choice("memory", ("memory", "gated"), "attention by the memory, or by a gate")
     branch: str = _choice("positive", ("positive", "per_class"), "one attention, or one a class (always so for C > 2)")
     hidden_features: int = _number(512, 1, 65_536, "D, width of an encoded patch")
@@ -48,6 +54,11 @@ class ModelConfig:
     shared_projector: bool = _switch(True, "patches and pooled slides share one projector")
     temperature: float = _number(0.2, 0.01, 2, "of the attention at the start; it is learnt")
     dropout: float = _number(0.5, 0, 0.99, "in the classifier")
+
+    @property
+    def graph_neighbours(self) -> int | None:
+        """k of the graph of patches, or None where the encoder wants none."""
+        return self.neighbours if self.encoder == "gatv2" and self.kind != "omics" else None
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,7 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"model.kind": "momkd", "model.encoder": "gatv2", "model.pooling": "memory", "memory.update": "momentum"},
     "fast": {"model.kind": "momkd", "model.encoder": "mlp", "model.pooling": "memory"},
     "abmil": {"model.kind": "abmil", "model.encoder": "mlp", "model.pooling": "gated"},
     "omics": {"model.kind": "omics"},

@@ -56,6 +56,7 @@ def evaluate_external(
     label: str | None = None,
     skip_bad: bool = False,
     device: str | None = None,
+    graphs: Path | str | None = None,
 ) -> dict[str, str]:
     """Predicts another cohort with the model of every fold and writes predictions_external.csv into the run.
 
@@ -64,7 +65,7 @@ def evaluate_external(
         features, labels: as for training; only slides with a row in the table of labels are predicted.
         label: column of the labels; None takes that of the run where the table has it.
         skip_bad: leave out slides that cannot be used.
-        device: as for training.
+        device, graphs: as for training.
 
     Returns:
         The slides that were skipped, and why.
@@ -73,7 +74,13 @@ def evaluate_external(
     column = label or (run.info.label if run.info.label in header else None)
     table = read_labels(labels, label=column, classes=run.info.classes)
     cohort = open_cohort(
-        features, table.table.index, width=run.info.in_features, skip_bad=skip_bad, source=table.source
+        features,
+        table.table.index,
+        width=run.info.in_features,
+        skip_bad=skip_bad,
+        source=table.source,
+        neighbours=run.config.model.graph_neighbours,
+        graphs=graphs,
     )
     slides, where = list(cohort.paths), pick_device(device)
     options = run.config.train
@@ -86,6 +93,7 @@ def evaluate_external(
         patch_budget=options.patch_budget,
         cache_bytes=int(options.cache_gb * 1e9),
         pin=where.type == "cuda",
+        graph=cohort.graphs,
         skipped=cohort.skipped if skip_bad else None,
     )
     parts = []

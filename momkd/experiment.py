@@ -66,6 +66,7 @@ def read_inputs(
     omics: Path | str | None = None,
     skip_bad: bool = False,
     leaks: bool = False,
+    graphs: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Inputs:
     """Reads labels, splits and omics, and the headers of all feature files; see `train_run` for the arguments."""
@@ -98,7 +99,10 @@ def read_inputs(
     cohort = None
     if not alone:
         assert features is not None
-        cohort = open_cohort(features, slides, skip_bad=skip_bad, source=table.source)
+        neighbours = config.model.graph_neighbours
+        cohort = open_cohort(
+            features, slides, skip_bad=skip_bad, source=table.source, neighbours=neighbours, graphs=graphs
+        )
         for slide, reason in cohort.skipped.items():
             reporter.note(f"skipped {slide}: {reason}")
     return Inputs(table, folds, cohort, profiles)
@@ -118,6 +122,7 @@ def train_run(
     skip_bad: bool = False,
     leaks: bool = False,
     device: str | None = None,
+    graphs: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
     """Trains a model a fold, predicts their validation and test slides and evaluates them; returns the run.
@@ -135,6 +140,8 @@ def train_run(
         skip_bad: leave out slides that cannot be used, and list them, instead of ending.
         leaks: allow a case in two parts of a split.
         device: such as "cuda:1"; None takes a GPU where there is one.
+        graphs: folder where graphs of patches are kept, for the encoder gatv2: read, and written where missing; None
+            builds them anew each run.
         reporter: told how it goes.
 
     Raises:
@@ -150,6 +157,7 @@ def train_run(
         omics=omics,
         skip_bad=skip_bad,
         leaks=leaks,
+        graphs=graphs,
         reporter=reporter,
     )
     chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
@@ -295,6 +303,7 @@ def _loader(
         max_patches=options.max_patches,
         cache_bytes=int(options.cache_gb * 1e9),
         pin=device.type == "cuda",
+        graph=None if cohort is None else cohort.graphs,
         skipped=skipped,
     )
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from momkd.bags import Bags
-from momkd.data.atomic import write_csv
+from momkd.data.atomic import make_folder, write_csv
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
 from momkd.data.slides import read_coords, write_hdf5
@@ -31,6 +31,7 @@ def predict_run(
     folds: Sequence[int] | None = None,
     skip_bad: bool = False,
     device: str | None = None,
+    graphs: Path | str | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Predicts every slide of a folder with the models of all folds and averages their probabilities.
@@ -45,6 +46,7 @@ def predict_run(
         folds: which models to use; None takes all.
         skip_bad: leave out slides that cannot be used, instead of ending.
         device: such as "cuda:1"; None takes a GPU where there is one.
+        graphs: folder where graphs of patches are kept, for the encoder gatv2.
         report: called with (slides done, slides).
 
     Returns:
@@ -58,7 +60,14 @@ def predict_run(
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {bad[0]}")
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
-    cohort = open_cohort(features, width=run.info.in_features, skip_bad=skip_bad, source=str(features))
+    cohort = open_cohort(
+        features,
+        width=run.info.in_features,
+        skip_bad=skip_bad,
+        source=str(features),
+        neighbours=run.config.model.graph_neighbours,
+        graphs=graphs,
+    )
     slides, options = list(cohort.paths), run.config.train
     loader = BagLoader(
         slides,
@@ -68,9 +77,10 @@ def predict_run(
         slides_per_step=options.slides_per_step,
         patch_budget=options.patch_budget,
         pin=where.type == "cuda",
+        graph=cohort.graphs,
         skipped=cohort.skipped if skip_bad else None,
     )
-    folder = None if attention is None else _new_folder(Path(attention))
+    folder = None if attention is None else make_folder(attention)
     rows: list[dict[str, Any]] = []
     for batch in loader.batches(loader.once()):
         bags = batch.bags.to(where, non_blocking=True)
@@ -104,14 +114,6 @@ def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
         chosen = [known[fold] for fold in folds if known.get(fold) is not None]
     threshold = float(np.mean(chosen)) if chosen else 0.5
     return [classes[int(p >= threshold)] for p in probs[:, 1]]
-
-
-def _new_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot make the folder: {error.strerror}; choose another") from error
-    return path
 
 
 def _write_attention(

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from momkd.config import Config
-from momkd.data.atomic import atomic_write, write_json, write_text
+from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
 from momkd.data.raw import one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, MILModel, MoMKD, OmicsClassifier
@@ -40,6 +40,11 @@ _TOWER = "genomics."
 def build_model(config: Config, in_features: int, num_classes: int, omics_features: int | None = None) -> MILModel:
     """The model that a configuration describes, with fresh weights; without `omics_features` it has no tower."""
     model, memory, omics, loss = config.model, config.memory, config.omics, config.loss
+    if model.encoder == "gatv2" and model.hidden_features % model.heads:
+        raise InputError(
+            f"model.hidden_features: expected a multiple of model.heads = {model.heads}, got {model.hidden_features}"
+        )
+    graph = {name: getattr(model, name) for name in ("heads", "attention_dropout", "encoder_dropout")}
     tower = {"hidden_features": omics.hidden_features, "dropout": omics.dropout}
     if model.kind == "omics":
         return OmicsClassifier(in_features, num_classes, features=omics.features, **tower)  # type: ignore[arg-type]
@@ -52,6 +57,7 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
             gate_features=model.gate_features,
             branch=model.branch,
             dropout=model.dropout,
+            **graph,
         )
     return MoMKD(
         in_features,
@@ -76,6 +82,7 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         omics_embedding=omics.features,
         omics_hidden=omics.hidden_features,
         omics_dropout=omics.dropout,
+        **graph,
     )
 
 
@@ -119,10 +126,7 @@ class Run:
     def create(cls, folder: Path | str, config: Config, info: RunInfo) -> Run:
         """Writes config.toml and run.json; the folder is made."""
         folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot make the folder: {error.strerror}; choose another") from error
+        make_folder(folder)
         write_text(folder / "config.toml", config.to_toml())
         write_json(folder / "run.json", asdict(info))
         return cls(folder)
@@ -163,25 +167,31 @@ def save_model(folder: Path, model: nn.Module, facts: Mapping[str, Any]) -> None
         save_file(rest, temporary, metadata={"momkd": json.dumps(dict(facts))})
 
 
-def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Fill a model from a file of `save_model`; returns the facts of its header.
+def load_weights(model: nn.Module, path: Path, *parts: Path) -> dict[str, Any]:
+    """Fill a model from a file of `save_model`, and from further ones that hold parts of it; returns the first's facts.
 
     Raises:
         InputError: no such file, not safetensors, or its tensors are not those of the model.
     """
+    state, facts = _read_weights(path)
+    for part in parts:
+        state |= _read_weights(part)[0]
+    restore(model, state, str(path))
+    return facts
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: expected a checkpoint, got nothing there; train this fold first")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("momkd", "{}"))
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = dict(json.loads((file.metadata() or {}).get("momkd", "{}")))
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
             f"{path}: expected a safetensors checkpoint, got a file that does not read ({one_line(error)}); "
             "copy it again or train again"
         ) from error
-    restore(model, state, str(path))
-    return dict(facts)
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

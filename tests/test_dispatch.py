@@ -12,6 +12,7 @@ from torch import Tensor
 from momkd import dispatch, env, native, ops
 from momkd import functional as F
 from momkd.errors import BackendError, InputError
+from momkd.graph import knn
 
 MISSING = "the extension momkd._C is not there"
 
@@ -48,6 +49,9 @@ CALLS: dict[str, Callable[[str | None], object]] = {
         torch.randn(7, 4), torch.randn(7, 5), bank()[0], OFFSETS, 0.2, backend=name
     ),
     "soft_angle_loss": lambda name: F.soft_angle_loss(torch.randn(7, 4), bank()[0], torch.arange(7) % 2, backend=name),
+    "graph_attention": lambda name: F.graph_attention(
+        torch.randn(7, 8), torch.randn(7, 8), torch.randn(2, 4), knn(torch.rand(7, 2), 3), backend=name
+    ),
     "ema_accumulate": lambda name: F.ema_accumulate(bank()[0], *bank()[2:], backend=name),
     "ema_apply_": lambda name: F.ema_apply_(*bank()[:2], bank()[0], torch.ones(2, 3), momentum=0.9, backend=name),
     "ema_scatter_": lambda name: F.ema_scatter_(*bank(), momentum=0.9, backend=name),

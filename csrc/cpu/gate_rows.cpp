@@ -1,44 +1,24 @@
 // Compiled once for each instruction set, with MOMKD_ISA its name.
 #include "cpu/gate_rows.h"
 
-#include "cpu/simd.h"
+#include "cpu/philox.h"
 
 namespace momkd {
 namespace {
 
-typedef uint64_t WideVec __attribute__((vector_size(8 * kWidth)));
-
-struct Product {
-  BitVec high, low;
-};
-
-inline Product multiply(BitVec a, uint32_t b) {
-  const WideVec product = __builtin_convertvector(a, WideVec) * static_cast<uint64_t>(b);
-  return {__builtin_convertvector(product >> 32, BitVec), __builtin_convertvector(product, BitVec)};
-}
-
 // The words of one row: counter (row mod 2^32, row div 2^32, column div 4, 0), column d takes word d mod 4.
 void dropout_words(const GateDropout &dropout, uint64_t row, int64_t columns, uint32_t *words) {
   for (int64_t first = 0; first < columns; first += 4 * kWidth) {
-    BitVec c0 = BitVec{} + static_cast<uint32_t>(row), c1 = BitVec{} + static_cast<uint32_t>(row >> 32);
-    BitVec c2 = reinterpret_cast<BitVec>(kIota) + static_cast<uint32_t>(first / 4), c3 = {};
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Product a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
-      const BitVec was1 = c1, was3 = c3;
-      c0 = b.high ^ was1 ^ k0;
-      c1 = b.low;
-      c2 = a.high ^ was3 ^ k1;
-      c3 = a.low;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    const Counters words_of =
+        philox({BitVec{} + static_cast<uint32_t>(row), BitVec{} + static_cast<uint32_t>(row >> 32),
+                reinterpret_cast<BitVec>(kIota) + static_cast<uint32_t>(first / 4), BitVec{}},
+               dropout.seed);
     for (int lane = 0; lane < kWidth; ++lane) {
       uint32_t *at = words + first + 4 * lane;
-      at[0] = c0[lane];
-      at[1] = c1[lane];
-      at[2] = c2[lane];
-      at[3] = c3[lane];
+      at[0] = words_of.c0[lane];
+      at[1] = words_of.c1[lane];
+      at[2] = words_of.c2[lane];
+      at[3] = words_of.c3[lane];
     }
   }
 }

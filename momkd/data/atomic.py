@@ -71,6 +71,16 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
             temporary.unlink()
 
 
+def make_folder(path: Path | str) -> Path:
+    """The folder, made where it is not there. Raises InputError where it cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot make the folder: {error.strerror}; choose another") from error
+    return path
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Writes `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as temporary:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from momkd.bags import Bags
 from momkd.errors import InputError
+from momkd.graph import Edges, batch
 
 _AHEAD = 2  # batches read while one is in use
 
@@ -52,6 +53,7 @@ class BagLoader:
         max_patches: of a slide in `training` batches, drawn anew each time; 0 takes all.
         cache_bytes: features kept in memory between epochs.
         pin: page-locked batches, for a GPU.
+        graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
     """
 
@@ -65,8 +67,9 @@ class BagLoader:
     max_patches: int = 0
     cache_bytes: int = 0
     pin: bool = False
+    graph: Callable[[str, np.ndarray[tuple[int], np.dtype[np.int64]] | None], Edges] | None = None
     skipped: dict[str, str] | None = None
-    _cache: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _cache: dict[str, tuple[Tensor, Edges | None]] = field(default_factory=dict, init=False, repr=False)
     _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
 
     def training(self, seed: int, epoch: int, *, balanced: bool = True) -> list[list[int]]:
@@ -113,20 +116,20 @@ class BagLoader:
         return plan
 
     def _batch(self, rows: Sequence[int], rng: np.random.Generator | None) -> Batch | None:
-        features, kept = [], []
+        features, graphs, kept = [], [], []
         for row in rows:
-            slide = self.slide_ids[row]
+            slide, drawn = self.slide_ids[row], None
+            if rng is not None and 0 < self.max_patches < self.sizes[slide]:
+                drawn = np.sort(rng.choice(self.sizes[slide], self.max_patches, replace=False))
             try:
-                x = self._features(slide)
+                x, edges = self._slide(slide, drawn)
             except InputError as error:
                 if self.skipped is None:
                     raise
                 self.skipped[slide] = str(error)
                 continue
-            if rng is not None and self.max_patches and len(x) > self.max_patches:
-                drawn = rng.choice(len(x), self.max_patches, replace=False)
-                x = x[torch.from_numpy(np.sort(drawn))]
             features.append(x)
+            graphs.append(edges)
             kept.append(row)
         if not kept:
             return None
@@ -136,18 +139,28 @@ class BagLoader:
             has_omics = ~profiles.isnan().any(1)
             omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
         bags, labels = Bags.from_list(features), torch.from_numpy(self.labels[kept])
+        if self.graph is not None:
+            bags = bags.with_edges(batch([edges for edges in graphs if edges is not None]))
         if self.pin:
             bags, labels = bags.pin_memory(), labels.pin_memory()
         return Batch(tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
 
-    def _features(self, slide: str) -> Tensor:
+    def _slide(
+        self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    ) -> tuple[Tensor, Edges | None]:
+        """Features and graph of a slide, or of the patches that were drawn from it; only the whole is kept."""
         if slide in self._cache:
-            return self._cache[slide]
-        x = self.read(slide)
-        if self._held + x.nbytes <= self.cache_bytes:
-            self._cache[slide] = x
-            self._held += x.nbytes
-        return x
+            x, edges = self._cache[slide]
+        else:
+            x = self.read(slide)
+            edges = None if self.graph is None or drawn is not None else self.graph(slide, None)
+            size = x.nbytes + (edges.nbytes if edges is not None else 0)
+            if self._held + size <= self.cache_bytes:
+                self._cache[slide] = x, edges
+                self._held += size
+        if drawn is None:
+            return x, edges
+        return x[torch.from_numpy(drawn)], None if self.graph is None else self.graph(slide, drawn)
 
 
 def class_balance(labels: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from momkd.data.slides import find_slides, read_slide, slide_header
+from momkd.data.graphs import SlideGraphs, no_coords
+from momkd.data.slides import find_slides, has_coords, read_slide, slide_header
 from momkd.errors import InputError
 
 
@@ -23,6 +24,7 @@ class Cohort:
         width: L, of every slide.
         dtype: torch.float16 where every file stores it, else torch.float32.
         skipped: slides left out by `skip_bad`, and why. Reading may add to it.
+        graphs: gives the graph of a slide, where one is wanted.
     """
 
     paths: Mapping[str, Path]
@@ -30,6 +32,7 @@ class Cohort:
     width: int
     dtype: torch.dtype
     skipped: dict[str, str] = field(default_factory=dict)
+    graphs: SlideGraphs | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -47,6 +50,8 @@ def open_cohort(
     width: int | None = None,
     skip_bad: bool = False,
     source: str = "labels",
+    neighbours: int | None = None,
+    graphs: Path | str | None = None,
 ) -> Cohort:
     """The feature files of a folder, or of some slides of it.
 
@@ -56,6 +61,8 @@ def open_cohort(
         width: L that is expected, for instance by a trained model; None takes that of most slides.
         skip_bad: leave out slides that are missing, empty, unreadable or of another width, and list them in `skipped`.
         source: where `slide_ids` come from, for messages.
+        neighbours: k of the graph of patches, for encoders that want one: then every slide needs coordinates.
+        graphs: folder where graphs are kept, see `SlideGraphs`.
 
     Raises:
         InputError: the first bad slide and how many there are; or no slide is left.
@@ -77,6 +84,8 @@ def open_cohort(
         except InputError as error:
             bad[slide] = str(error)
             continue
+        if neighbours is not None and not has_coords(found[slide]):
+            bad[slide] = no_coords(found[slide])
         if headers[slide][0] == 0:
             bad[slide] = f"{found[slide]}: expected patches, got none (an empty slide); segment its tissue again"
     wide = [length for n, length, _ in headers.values() if n > 0]
@@ -92,11 +101,13 @@ def open_cohort(
         first = next(slide for slide in wanted if slide in bad)
         more = f" ({len(bad)} of {len(wanted)} slides are bad; --skip-bad leaves them out)" if good else ""
         raise InputError(bad[first] + more)
+    paths = {slide: found[slide] for slide in good}
     half = all(headers[slide][2] == "float16" for slide in good)
     return Cohort(
-        {slide: found[slide] for slide in good},
+        paths,
         {slide: headers[slide][0] for slide in good},
         width,
         torch.float16 if half else torch.float32,
         {slide: bad[slide] for slide in wanted if slide in bad},
+        None if neighbours is None else SlideGraphs(paths, neighbours, None if graphs is None else Path(graphs)),
     )

@@ -111,6 +111,12 @@ def slide_header(path: Path | str) -> tuple[int, int, str]:
         return n, length, "float16" if raw.dtype.lstrip("<>=") in ("float16", "f2") else "float32"
 
 
+def has_coords(path: Path | str) -> bool:
+    """Whether a feature file says where its patches lie; nothing is read or checked."""
+    with open_raw(Path(path)) as raw:
+        return raw.has_coords
+
+
 def read_coords(path: Path | str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
     """Coordinates (N, 2) of a feature file, or None where it has none, and its attributes; features are not read.
 

@@ -1,5 +1,6 @@
 """The public functions: they check their arguments, say what is wrong in one line, and call an op."""
 
+from momkd.functional.graph import graph_attention
 from momkd.functional.memory import (
     ema_accumulate,
     ema_apply_,
@@ -17,6 +18,7 @@ __all__ = [
     "ema_apply_",
     "ema_scatter_",
     "gated_attention_pool",
+    "graph_attention",
     "memory_guided_pool",
     "memory_similarity",
     "reseed_",

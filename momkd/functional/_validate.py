@@ -89,6 +89,17 @@ def choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
 
 
+def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
+    """An int64 scalar on the device, so that no op reads it on the host; None draws one from torch's generator."""
+    if value is None:
+        return torch.randint(2**63 - 1, (), device=device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise ValueError(f"seed: expected an int or an int64 scalar, got {value.dtype} {tuple(value.shape)}")
+        return value.reshape(()).to(device)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, floating tensors take its dtype, as in torch's own matrix products."""
     kind = next(t.device.type for t in tensors if t is not None)

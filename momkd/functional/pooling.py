@@ -77,22 +77,11 @@ def gated_attention_pool(
     check.same_device("x", x, offsets=offsets, w_v=w_v, b_v=b_v, w_u=w_u, b_u=b_u, w_a=w_a, b_a=b_a)
     check.fraction("dropout_p", dropout_p, below_one=True)
     x, w_v, b_v, w_u, b_u, w_a, b_a = check.autocast(x, w_v, b_v, w_u, b_u, w_a, b_a)  # type: ignore[assignment]
-    drawn = _seed(seed, x.device) if dropout_p > 0 else None
+    drawn = check.seed(seed, x.device) if dropout_p > 0 else None
     pooled, scores, _ = ops.gated_attention_pool(
         x, offsets, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, drawn, backend or ""
     )
     return (pooled, scores) if return_scores else pooled
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """An int64 scalar on the device, so that no op reads it on the host."""
-    if seed is None:
-        return torch.randint(2**63 - 1, (), device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"seed: expected an int or an int64 scalar, got {seed.dtype} {tuple(seed.shape)}")
-        return seed.reshape(()).to(device)
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:

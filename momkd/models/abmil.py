@@ -24,11 +24,12 @@ class ABMIL(MILModel):
     Args:
         in_features: L, width of the patch features.
         num_classes: C.
-        encoder: "mlp" or "identity".
+        encoder: "mlp", "identity", or "gatv2", which wants bags with a graph (`Bags.with_edges`).
         hidden_features: D, width of an encoded patch (of "identity" it is L).
         gate_features: width of the gate.
         branch: "positive", one attention; "per_class", one a class.
         dropout: in the classifier.
+        heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
 
     Source: Ilse, Tomczak and Welling, ICML 2018.
 
@@ -48,10 +49,14 @@ class ABMIL(MILModel):
         gate_features: int = 256,
         branch: str = "positive",
         dropout: float = 0.5,
+        heads: int = 2,
+        attention_dropout: float = 0.5,
+        encoder_dropout: float = 0.25,
     ) -> None:
         super().__init__()
         self.in_features = in_features
-        self.encoder, width = make_encoder(encoder, in_features, hidden_features)
+        graph = {"heads": heads, "attention_dropout": attention_dropout, "dropout": encoder_dropout}
+        self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
         heads = num_classes if branch == "per_class" else 1
         self.pool = GatedAttentionPool(width, gate_features, heads)
         self.classifier = SlideClassifier(width, num_classes, dropout)

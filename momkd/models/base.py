@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from momkd.bags import Bags
-from momkd.nn import MemoryBank
+from momkd.nn import GraphEncoder, MemoryBank
 from momkd.reference.segments import segment_softmax, softmax_stats
 
-ENCODERS = ("mlp", "identity")
+ENCODERS = ("mlp", "identity", "gatv2")
 POOLINGS = ("memory", "gated")
 
 
@@ -77,13 +78,15 @@ class MILModel(nn.Module):
         raise NotImplementedError
 
 
-def make_encoder(kind: str, in_features: int, hidden_features: int) -> tuple[nn.Module, int]:
-    """The patch encoder and the width that it gives."""
+def make_encoder(kind: str, in_features: int, hidden_features: int, **graph: Any) -> tuple[nn.Module, int]:
+    """The patch encoder and the width that it gives; `graph` are the options of `GraphEncoder`."""
     if kind == "mlp":
         layers = nn.Linear(in_features, hidden_features), nn.LayerNorm(hidden_features), nn.GELU()
         return nn.Sequential(*layers), hidden_features
     if kind == "identity":
         return nn.Identity(), in_features
+    if kind == "gatv2":
+        return GraphEncoder(in_features, hidden_features, **graph), hidden_features
     raise ValueError(f"encoder: expected {' or '.join(map(repr, ENCODERS))}, got {kind!r}")
 
 
@@ -94,7 +97,15 @@ def encode(encoder: nn.Module, bags: Bags, in_features: int, like: Tensor) -> Ba
             f"bags: expected features of width {in_features}, got {bags.features.shape[1]}; a model takes the features "
             "of the encoder it was trained with"
         )
-    return bags.with_features(encoder(bags.features.to(like.dtype)))
+    x = bags.features.to(like.dtype)
+    if not isinstance(encoder, GraphEncoder):
+        return bags.with_features(encoder(x))
+    if bags.edges is None:
+        raise ValueError(
+            "bags: expected a graph over the patches for the encoder gatv2, got none; use bags.with_edges(momkd.graph"
+            ".batch([momkd.graph.knn(coords), ...]))"
+        )
+    return bags.with_features(encoder(x, bags.edges))
 
 
 class SlideClassifier(nn.Module):

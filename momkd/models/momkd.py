@@ -42,7 +42,7 @@ class MoMKD(MILModel):
         in_features: L, width of the patch features.
         num_classes: C, at least 2.
         omics_features: G, genes of a profile; None leaves the tower out.
-        encoder: "mlp" or "identity".
+        encoder: "mlp", "identity", or "gatv2" as in the paper, which wants bags with a graph (`Bags.with_edges`).
         pooling: "memory" (attention by the memory) or "gated".
         branch: "positive", one attention; "per_class", one a class, as always for C > 2 where the memory guides.
         hidden_features: D, width of an encoded patch (of "identity" it is L).
@@ -56,6 +56,7 @@ class MoMKD(MILModel):
         temperature: of the attention at the start; it is learnt.
         dropout: in the classifier.
         margin, tau, beta: of the soft-angle losses.
+        heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
         omics_embedding, omics_hidden, omics_dropout: of the tower.
 
     Example:
@@ -91,6 +92,9 @@ class MoMKD(MILModel):
         margin: float = 0.3,
         tau: float = 5.0,
         beta: float = 20.0,
+        heads: int = 2,
+        attention_dropout: float = 0.5,
+        encoder_dropout: float = 0.25,
         omics_embedding: int = 512,
         omics_hidden: int = 512,
         omics_dropout: float = 0.25,
@@ -101,7 +105,8 @@ class MoMKD(MILModel):
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
         self.in_features, self.rows, self.rho = in_features, rows, rho
         self.soft_angle = SoftAngleLoss(margin, tau, beta)
-        self.encoder, width = make_encoder(encoder, in_features, hidden_features)
+        graph = {"heads": heads, "attention_dropout": attention_dropout, "dropout": encoder_dropout}
+        self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
         self.patch_projector = nn.Linear(width, projection_features)
         self.slide_projector = None if shared_projector else nn.Linear(width, projection_features)
         self.memory = MemoryBank(num_classes, slots, projection_features, update=update)

@@ -26,6 +26,7 @@ def extension() -> tuple[Any, str]:
 _MODULES = {
     "gated_attention_pool": "pooling",
     "attention_pool": "pooling",
+    "graph_attention": "graph",
     "memory_similarity": "memory",
     "memory_guided_pool": "memory",
     "ema_accumulate": "ema",

@@ -4,8 +4,10 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 The word block of row i and columns 4j … 4j+3 is philox(counter = (i mod 2³², i div 2³², j, 0), key = (seed mod 2³²,
 seed div 2³²)). Column d takes word d mod 4: its low 16 bits decide the tanh branch of the gate, its high 16 bits
-the σ branch. A value is kept when its 16 bits are ≥ round(p·2¹⁶), so the probability is p to within 2⁻¹⁷, and the kept
-values are scaled by the reciprocal of the exact probability.
+the σ branch. In graph attention, row p is the place of a hearing (see `momkd.reference.graph_attention`), a column is a
+head, the last word of the counter is 1, and the low 16 bits decide. A value is kept when its 16 bits are ≥
+round(p·2¹⁶), so the probability is p to within 2⁻¹⁷, and the kept values are scaled by the reciprocal of the exact
+probability.
 """
 
 from __future__ import annotations
@@ -53,12 +55,20 @@ def gate_dropout_masks(seed: Tensor, rows: int, columns: int, p: float, *, first
         p: probability of dropping a value, 0 ≤ p < 1.
         first_row: the row that the first mask row belongs to.
     """
+    bits, threshold = _words(seed, first_row, rows, columns, 0), keep_threshold(p)
+    return (bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold
+
+
+def edge_dropout_mask(seed: Tensor, rows: int, heads: int, p: float) -> Tensor:
+    """Which weights of graph attention are kept: (rows, heads) bool on the seed's device."""
+    return (_words(seed, 0, rows, heads, 1) & 0xFFFF) >= keep_threshold(p)
+
+
+def _words(seed: Tensor, first_row: int, rows: int, columns: int, last: int) -> Tensor:
+    """(rows, columns) words of Philox; `last` is the last word of the counter."""
     device = seed.device
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]  # (N, 1)
     block = torch.arange((columns + 3) // 4, device=device)[None, :]  # (1, D/4)
-    zero = torch.zeros_like(block)
     key = (seed & _MASK, (seed >> 32) & _MASK)
-    words = philox4x32((row & _MASK, row >> 32, block, zero), key)
-    bits = torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]  # (N, D)
-    threshold = keep_threshold(p)
-    return (bits & 0xFFFF) >= threshold, (bits >> 16) >= threshold
+    words = philox4x32((row & _MASK, row >> 32, block, torch.full_like(block, last)), key)
+    return torch.stack(words, dim=-1).flatten(1)[:, :columns]

@@ -1,0 +1,69 @@
+"""graph_attention by `momkd._C`; half precision is computed in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from momkd.graph import Edges
+from momkd.native import extension, rows
+from momkd.reference.philox import keep_scale, keep_threshold
+
+
+class _Call:
+    """What the kernels are told of graph, rows and dropout; holds what must live until the call is over."""
+
+    def __init__(
+        self, x_l: Tensor, x_r: Tensor, att: Tensor, edges: Edges, slope: float, dropout_p: float, seed: Tensor | None
+    ) -> None:
+        self.l, about_l = rows(x_l.float())
+        self.r, about_r = rows(x_r.float())
+        self.att = att.float().contiguous()
+        self.lists = [t.contiguous() for t in edges.tensors()]
+        graph = (*(t.data_ptr() for t in self.lists), edges.num_nodes)
+        about = (about_l, about_r, self.att.data_ptr(), self.att.shape[0], slope)
+        dropout = (0, 0, 1.0)
+        if dropout_p > 0 and seed is not None:
+            dropout = (int(seed), keep_threshold(dropout_p), keep_scale(dropout_p))
+        self.arguments = graph, about, dropout
+
+
+def graph_attention(
+    x_l: Tensor, x_r: Tensor, att: Tensor, edges: Edges, negative_slope: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(x_l, x_r, att, edges, negative_slope, dropout_p, seed)
+    (nodes, width), heads = x_l.shape, att.shape[0]
+    out = torch.empty(nodes, width)
+    scores, stats = torch.empty(edges.num_edges + nodes, heads), torch.empty(nodes, heads, 2)
+    pointers = out.data_ptr(), scores.data_ptr(), stats.data_ptr()
+    extension()[0].graph_attention(*call.arguments, *pointers, torch.get_num_threads())
+    return out.to(x_l.dtype), scores, stats
+
+
+def graph_attention_backward(
+    grad: Tensor,
+    x_l: Tensor,
+    x_r: Tensor,
+    att: Tensor,
+    edges: Edges,
+    negative_slope: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    out: Tensor,
+    scores: Tensor,
+    stats: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call = _Call(x_l, x_r, att, edges, negative_slope, dropout_p, seed)
+    given = [t.float().contiguous() for t in (grad, out, scores, stats)]
+    like = (x_l, x_r, att)
+    made = [torch.empty(t.shape) if need else None for t, need in zip(like, needs, strict=True)]
+    extension()[0].graph_attention_backward(
+        given[0].data_ptr(),
+        *call.arguments,
+        *(t.data_ptr() for t in given[1:]),
+        *(0 if t is None else t.data_ptr() for t in made),
+        torch.get_num_threads(),
+    )
+    d_l, d_r, d_att = (None if t is None else t.to(old.dtype) for t, old in zip(made, like, strict=True))
+    return d_l, d_r, d_att

@@ -1,0 +1,96 @@
+"""From the command line: the paper's preset trains and predicts on graphs, and checkpoints convert both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from momkd import cli
+from momkd.compat import momkd_reference
+from momkd.convert import checkpoint_to_run, run_to_checkpoint
+from momkd.data.graphs import SlideGraphs
+from momkd.data.slides import find_slides, read_slide
+from momkd.errors import InputError
+from momkd.models import MoMKD
+from momkd.simulate import SimulatedCohort
+
+SMALL = ("model.hidden_features=16", "model.shared_projector=false", "train.epochs=2", "omics.genes=20")
+
+
+def momkd(*words: str | Path) -> str:
+    done = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("paper")
+    assert "36 graphs" in momkd("graph", tiny_cohort.features, "--out", root / "graphs")
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    data = ["--features", tiny_cohort.features, "--labels", tiny_cohort.labels, "--omics", tiny_cohort.omics]
+    where = ["--splits", tiny_cohort.splits, "--graphs", root / "graphs", "--out", root / "run", "--fold", "0"]
+    momkd("train", *data, *where, "--preset", "paper", *settings)
+    return root / "run"
+
+
+def predict(run: Path, cohort: SimulatedCohort, out: Path) -> pd.DataFrame:
+    momkd("predict", run, "--features", cohort.features, "--out", out)
+    return pd.read_csv(out)
+
+
+def test_the_paper_preset_trains_and_predicts(run: Path, tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    assert "gatv2" in (run / "config.toml").read_text()
+    table = predict(run, tiny_cohort, tmp_path / "p.csv")
+    assert len(table) == 36
+    assert table["prob_1"].nunique() > 30
+
+
+def test_a_run_to_a_checkpoint_and_back_predicts_the_same(
+    run: Path, tiny_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
+    momkd("convert", run, "--out", tmp_path / "released.pt")
+    momkd("convert", tmp_path / "released.pt", "--out", tmp_path / "again")
+    one, two = (
+        predict(folder, tiny_cohort, tmp_path / f"{n}.csv") for n, folder in enumerate((run, tmp_path / "again"))
+    )
+    assert one["prob_1"].to_numpy() == pytest.approx(two["prob_1"].to_numpy(), abs=1e-6)
+    state = torch.load(tmp_path / "released.pt", weights_only=True)
+    back = run_to_checkpoint(tmp_path / "again", tmp_path / "back.pt")
+    assert state.keys() == back.keys()
+    assert all(torch.equal(state[name], back[name]) for name in state)
+    model = momkd_reference.load({"module." + name: tensor for name, tensor in state.items()})
+    assert model.genomics is not None
+    slide, path = next(iter(find_slides(tiny_cohort.features).items()))
+    edge_index = SlideGraphs({slide: path})(slide).edge_index()
+    x = torch.from_numpy(read_slide(path).features).float()
+    prob = torch.softmax(momkd_reference.infer(model, x, edge_index=edge_index)["logits"], 1)[0, 1]
+    assert float(prob) == pytest.approx(one.set_index("slide_id").loc[slide, "prob_1"], abs=1e-5)
+
+
+def test_what_cannot_be_converted_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.pt: expected a checkpoint, got nothing there"):
+        checkpoint_to_run(tmp_path / "nothing.pt", tmp_path / "out")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    with pytest.raises(InputError, match=r"noise\.pt: expected a checkpoint of tensors"):
+        checkpoint_to_run(tmp_path / "noise.pt", tmp_path / "out")
+    torch.save(MoMKD(4).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt: checkpoint: expected a tensor 'wsi_encoder"):
+        checkpoint_to_run(tmp_path / "other.pt", tmp_path / "out")
+    torch.save({"model": [1]}, tmp_path / "list.pt")
+    with pytest.raises(InputError, match="expected a state dict"):
+        checkpoint_to_run(tmp_path / "list.pt", tmp_path / "out")
+    with pytest.raises(InputError, match="expected the names of two classes, got 3"):
+        checkpoint_to_run(tmp_path / "other.pt", tmp_path / "out", classes=["a", "b", "c"])
+    with pytest.raises(InputError, match="expected a new folder"):
+        checkpoint_to_run(tmp_path / "other.pt", run)
+    with pytest.raises(InputError, match="fold: expected one of 0, got 3"):
+        run_to_checkpoint(run, tmp_path / "x.pt", fold=3)
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(cli.app, ["convert", str(tmp_path / "noise.pt"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, InputError)

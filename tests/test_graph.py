@@ -1,0 +1,143 @@
+"""Graphs: the edges of sklearn and, where distances are equal, of a sort by hand; lists, transpose, batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import kneighbors_graph
+from torch import Tensor
+
+from momkd import Bags, graph
+from momkd.graph import Edges
+
+
+def by_hand(points: np.ndarray, k: int) -> list[tuple[int, int]]:
+    """Every point and its k nearest by (distance, index), sorted."""
+    squared = ((points[:, None] - points[None]) ** 2).sum(2)
+    pairs = []
+    for i in range(len(points)):
+        others = sorted((squared[i, j], j) for j in range(len(points)) if j != i)
+        pairs += [(i, j) for _, j in others[:k]]
+    return sorted(pairs)
+
+
+def pairs(edges: Edges) -> list[tuple[int, int]]:
+    return sorted(map(tuple, edges.edge_index().T.tolist()))
+
+
+def points(kind: str, n: int) -> np.ndarray:
+    rng = np.random.default_rng(n)
+    if kind == "far":
+        return rng.integers(-(10**9), 10**9, (n, 2))
+    if kind == "grid":  # in no order
+        side = int(np.ceil(np.sqrt(n))) + 1
+        return np.stack(np.unravel_index(rng.permutation(side * side)[:n], (side, side)), 1) * 256
+    if kind == "few places":
+        return rng.integers(0, 3, (n, 2)) * 1000
+    if kind == "one place":
+        return np.full((n, 2), 77)
+    crowd = np.zeros((n, 2), np.int64)  # a line, and half of the points on one of its ends
+    crowd[: n // 2, 0] = np.arange(n // 2)
+    return crowd
+
+
+@pytest.mark.parametrize("kind", ["far", "grid", "few places", "one place", "crowd"])
+@pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 150])
+@pytest.mark.parametrize("k", [1, 8])
+def test_knn_breaks_ties_by_the_lowest_index(kind: str, n: int, k: int) -> None:
+    xy = points(kind, n)
+    edges = graph.knn(xy, k)
+    assert pairs(edges) == by_hand(xy, k)
+    assert edges.num_edges == n * min(k, n - 1)
+    check_lists(edges)
+
+
+def check_lists(edges: Edges) -> None:
+    """The transpose holds the same edges, and every node has a turn."""
+    nodes = torch.arange(edges.num_nodes)
+    sources = torch.repeat_interleave(nodes, edges.out_offsets.diff().long())
+    position = edges.position.long()
+    assert torch.equal(edges.sources[position].long(), sources)
+    assert torch.equal(edges.edge_index()[1][position], edges.targets.long())
+    assert torch.equal(position.sort().values, torch.arange(edges.num_edges))
+    assert torch.equal(edges.order.long().sort().values, nodes)
+    assert {t.dtype for t in edges.tensors()} == {torch.int32}
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_knn_has_the_edges_of_sklearn_where_distances_differ(k: int) -> None:
+    xy = np.random.default_rng(0).random((2000, 2)) * 1e5
+    rows, columns = kneighbors_graph(xy, k).nonzero()
+    assert pairs(graph.knn(torch.from_numpy(xy), k)) == sorted(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def test_order_keeps_near_points_together() -> None:
+    xy = np.random.default_rng(0).random((4000, 2))
+    order = graph.knn(xy).order.numpy()
+    jumps = np.linalg.norm(np.diff(xy[order], axis=0), axis=1).mean()
+    assert jumps < 0.1 * np.linalg.norm(np.diff(xy, axis=0), axis=1).mean()
+
+
+def test_no_patches() -> None:
+    edges = graph.knn(np.zeros((0, 2)))
+    assert (edges.num_nodes, edges.num_edges) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("coords", "k", "words"),
+    [
+        (np.zeros((3, 3)), 8, r"coords: expected numbers \(N, 2\), got float64 \(3, 3\)"),
+        (np.array([[0.0, np.nan], [1, 1]]), 8, "expected finite"),
+        (np.zeros((3, 2)), 0, "k: expected 1 or more, got 0"),
+    ],
+)
+def test_knn_says_what_is_wrong(coords: np.ndarray, k: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        graph.knn(coords, k)
+
+
+def test_from_edge_index_leaves_self_loops_out_and_keeps_duplicates() -> None:
+    given = torch.tensor([[3, 0, 0, 2, 0, 1], [1, 1, 1, 2, 0, 3]])
+    edges = graph.from_edge_index(given, 5)
+    assert pairs(edges) == [(0, 1), (0, 1), (1, 3), (3, 1)]
+    check_lists(edges)
+    assert graph.from_edge_index(torch.zeros(2, 0, dtype=torch.int64), 0).num_nodes == 0
+
+
+@pytest.mark.parametrize(
+    ("edge_index", "nodes", "words"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), 3, r"expected int64 \(2, E\)"),
+        (torch.zeros(2, 2), 3, "expected int64"),
+        (torch.tensor([[0], [3]]), 3, "expected nodes from 0 to num_nodes - 1 = 2, got 3"),
+        (torch.tensor([[-1], [0]]), 3, "got -1"),
+    ],
+)
+def test_from_edge_index_says_what_is_wrong(edge_index: Tensor, nodes: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        graph.from_edge_index(edge_index, nodes)
+
+
+def test_a_batch_is_one_graph_and_comes_apart_again() -> None:
+    rng = np.random.default_rng(0)
+    graphs = [graph.knn(rng.integers(0, 999, (n, 2))) for n in (5, 0, 1, 40, 3)]
+    joined = graph.batch(graphs)
+    check_lists(joined)
+    bags = Bags.from_list([torch.randn(g.num_nodes, 4) for g in graphs]).with_edges(joined)
+    for cut, wanted in ((bags[1:4], graphs[1:4]), (bags[::2], graphs[::2]), (bags[::-1], graphs[::-1])):
+        assert cut.edges is not None
+        for got, want in zip(cut.edges.tensors(), graph.batch(wanted).tensors(), strict=True):
+            assert torch.equal(got, want)
+    assert bags[:0].edges is None
+    with pytest.raises(ValueError, match="expected at least one"):
+        graph.batch([])
+
+
+def test_bags_check_their_graph() -> None:
+    bags = Bags.from_list([torch.randn(6, 4)])
+    with pytest.raises(ValueError, match="edges: expected a graph of 6 nodes on cpu"):
+        bags.with_edges(graph.knn(np.eye(2)))
+    moved = bags.with_edges(graph.knn(np.arange(12).reshape(6, 2))).to("meta")
+    assert moved.edges is not None
+    assert moved.edges.device.type == "meta"
