@@ -1,4 +1,4 @@
-// memory_similarity and memory_guided_pool.
+// memory_similarity, soft_angle_loss and memory_guided_pool.
 #include "bindings_cpu.h"
 #include "cpu/memory.h"
 
@@ -35,6 +35,26 @@ void similarity_backward(uintptr_t grad, const RowArguments &z, uintptr_t memory
                              threads);
 }
 
+void soft_angle(const RowArguments &z, uintptr_t memory, const Shape &shape, uintptr_t labels, float margin,
+                float tau, float beta, uintptr_t losses, int threads) {
+  const Rows rows = rows_of(z);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  soft_angle_loss(rows, pointer<const float>(memory), sizes,
+                  {pointer<const int64_t>(labels), margin, tau, beta}, pointer<float>(losses), threads);
+}
+
+void soft_angle_backward(uintptr_t grad, const RowArguments &z, uintptr_t memory, const Shape &shape,
+                         uintptr_t labels, float margin, float tau, float beta, uintptr_t d_z,
+                         uintptr_t d_memory, int threads) {
+  const Rows rows = rows_of(z);
+  const MemoryShape sizes = shape_of(shape);
+  py::gil_scoped_release release;
+  soft_angle_loss_backward(pointer<const float>(grad), rows, pointer<const float>(memory), sizes,
+                           {pointer<const int64_t>(labels), margin, tau, beta}, pointer<void>(d_z),
+                           pointer<float>(d_memory), threads);
+}
+
 void guided(const RowArguments &z, const RowArguments &values, uintptr_t memory, const Shape &shape,
             uintptr_t offsets, int64_t bags, bool per_class, float temperature, uintptr_t pooled,
             uintptr_t attention, uintptr_t nearest, int threads) {
@@ -68,6 +88,11 @@ void bind_memory(py::module_ &m) {
         arg("value_ptr"), arg("nearest_ptr"), arg("threads"));
   m.def("memory_similarity_backward", &similarity_backward, arg("grad_ptr"), arg("z"), arg("memory_ptr"),
         arg("shape"), arg("tau"), arg("nearest_ptr"), arg("d_z_ptr"), arg("d_memory_ptr"), arg("threads"));
+  m.def("soft_angle_loss", &soft_angle, arg("z"), arg("memory_ptr"), arg("shape"), arg("labels_ptr"),
+        arg("margin"), arg("tau"), arg("beta"), arg("losses_ptr"), arg("threads"));
+  m.def("soft_angle_loss_backward", &soft_angle_backward, arg("grad_ptr"), arg("z"), arg("memory_ptr"),
+        arg("shape"), arg("labels_ptr"), arg("margin"), arg("tau"), arg("beta"), arg("d_z_ptr"),
+        arg("d_memory_ptr"), arg("threads"));
   m.def("memory_guided_pool", &guided, arg("z"), arg("values"), arg("memory_ptr"), arg("shape"),
         arg("offsets_ptr"), arg("bags"), arg("per_class"), arg("temperature"), arg("pooled_ptr"),
         arg("attention_ptr"), arg("nearest_ptr"), arg("threads"));

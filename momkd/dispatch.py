@@ -22,7 +22,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "attention_pool": ("triton", "native", "torch"),
     "memory_similarity": ("triton", "native", "torch"),
     "memory_guided_pool": ("triton", "native", "torch"),
-    "soft_angle_loss": ("triton", "torch"),
+    "soft_angle_loss": ("triton", "native", "torch"),
     "graph_attention": ("native", "torch"),
     "ema_accumulate": ("native", "torch"),
     "ema_apply_": ("native", "torch"),

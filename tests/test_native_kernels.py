@@ -297,3 +297,15 @@ def test_rows_may_lie_apart(step: int) -> None:
         F.attention_pool(z, scores, offsets, backend="native"),
         F.attention_pool(z.contiguous(), scores, offsets, backend="native"),
     )
+
+
+@pytest.mark.parametrize("bank", [bank for bank in BANKS if bank[2] > 1])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_soft_angle_loss(isa: str, bank: tuple[int, int, int], rows: int) -> None:
+    torch.manual_seed(9)
+    z, memory, labels = leaf(rows, bank[2]), leaf(*bank), torch.randint(-1, bank[0], (rows,))
+
+    def with_backend(name: str) -> Call:
+        return lambda z, m: (F.soft_angle_loss(z, m, labels, reduction="none", backend=name),)
+
+    compare(with_backend("native"), with_backend("torch"), (z, memory), (rows,))

@@ -16,8 +16,8 @@ struct GateKernels {
                    const float *w_a, const float *d_scores, float *d_w_a, float *d_bias, float *scratch);
 };
 
-// One row of hidden values and one of dropout words, each up to a whole number of Philox blocks of vectors. Static: see
-// simd.h.
+// One row of hidden values and one of dropout words, each up to a whole number of Philox blocks of vectors.
+// Static: see simd.h.
 static constexpr int64_t gate_scratch(int64_t hidden) { return 2 * (hidden + 64); }
 
 extern const GateKernels gate_rows_baseline;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -155,6 +156,61 @@ void memory_similarity_backward(const float *grad, const Rows &z, const float *m
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t j = 0; j < size; ++j) total[static_cast<size_t>(j)] += partial[task * size + j];
   bank.pull(total.data(), d_memory);
+}
+
+namespace {
+
+// Of each row of similarities (N, C): β (margin − Δ), and the class of the largest other one.
+struct Gap {
+  float excess;
+  int64_t rival;
+};
+
+Gap gap_of(const float *similarity, int64_t classes, int64_t label, const SoftAngle &angle) {
+  const Rival rival = rival_of(similarity, classes, label);
+  if (rival.label < 0)
+    return {-std::numeric_limits<float>::infinity(), -1};  // the only class: nothing to part from
+  return {angle.beta * (angle.margin - (similarity[label] - rival.value)), rival.label};
+}
+
+Buffer<float> soft_similarity(const Rows &z, const float *memory, const MemoryShape &shape, float tau,
+                              int threads) {
+  Buffer<float> similarity(z.n * shape.classes);
+  const Buffer<int32_t> nearest(z.n * shape.classes);
+  memory_similarity(z, memory, shape, tau, similarity.get(), nearest.get(), threads);
+  return similarity;
+}
+
+}  // namespace
+
+void soft_angle_loss(const Rows &z, const float *memory, const MemoryShape &shape, const SoftAngle &angle,
+                     float *losses, int threads) {
+  const Buffer<float> similarity = soft_similarity(z, memory, shape, angle.tau, threads);
+  for (int64_t i = 0; i < z.n; ++i) {
+    losses[i] = 0;
+    if (angle.labels[i] < 0) continue;
+    const float excess =
+        gap_of(similarity.get() + i * shape.classes, shape.classes, angle.labels[i], angle).excess;
+    losses[i] = std::max(excess, 0.0f) + std::log1p(std::exp(-std::fabs(excess)));
+  }
+}
+
+void soft_angle_loss_backward(const float *grad, const Rows &z, const float *memory, const MemoryShape &shape,
+                              const SoftAngle &angle, void *d_z, float *d_memory, int threads) {
+  const Buffer<float> similarity = soft_similarity(z, memory, shape, angle.tau, threads);
+  const Buffer<float> d_similarity(z.n * shape.classes);
+  std::fill_n(d_similarity.get(), z.n * shape.classes, 0.0f);
+  for (int64_t i = 0; i < z.n; ++i) {
+    const int64_t label = angle.labels[i], at = i * shape.classes;
+    if (label < 0) continue;
+    const Gap gap = gap_of(similarity.get() + at, shape.classes, label, angle);
+    const float d_gap = -angle.beta / (1 + std::exp(-gap.excess)) * grad[i];
+    if (gap.rival < 0) continue;
+    d_similarity[at + label] = d_gap;
+    d_similarity[at + gap.rival] = -d_gap;
+  }
+  memory_similarity_backward(d_similarity.get(), z, memory, shape, angle.tau, nullptr, d_z, d_memory,
+                             threads);
 }
 
 void memory_guided_pool(const Rows &z, const Rows &values, const float *memory, const MemoryShape &shape,

@@ -25,6 +25,19 @@ void memory_similarity_backward(const float *grad, const Rows &z, const float *m
                                 const MemoryShape &shape, float tau, const int32_t *nearest, void *d_z,
                                 float *d_memory, int threads);
 
+struct SoftAngle {
+  const int64_t *labels;  // (N,): −1 gives loss 0 and no gradient
+  float margin, tau, beta;
+};
+
+// Δ = s_y − the largest other s_c, by lse; losses (N,) = softplus(β (margin − Δ)).
+void soft_angle_loss(const Rows &z, const float *memory, const MemoryShape &shape, const SoftAngle &angle,
+                     float *losses, int threads);
+
+// From grad (N,): d_z and d_memory as of memory_similarity_backward. Rows without label must be finite.
+void soft_angle_loss_backward(const float *grad, const Rows &z, const float *memory, const MemoryShape &shape,
+                              const SoftAngle &angle, void *d_z, float *d_memory, int threads);
+
 struct GuidedBags {
   const int32_t *offsets;
   int64_t bags;

@@ -29,6 +29,7 @@ _MODULES = {
     "graph_attention": "graph",
     "memory_similarity": "memory",
     "memory_guided_pool": "memory",
+    "soft_angle_loss": "memory",
     "ema_accumulate": "ema",
     "ema_apply_": "ema",
     "ema_scatter_": "ema",

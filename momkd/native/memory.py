@@ -56,6 +56,53 @@ def memory_similarity_backward(
     return d_z, None if d_bank is None else d_bank.to(memory.dtype)
 
 
+def soft_angle_loss(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float) -> Tensor:
+    z, about = rows(z)
+    bank, labels = _single(memory), labels.contiguous()
+    losses = torch.empty(z.shape[0])
+    extension()[0].soft_angle_loss(
+        about,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        labels.data_ptr(),
+        margin,
+        tau,
+        beta,
+        losses.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return losses
+
+
+def soft_angle_loss_backward(
+    grad: Tensor,
+    z: Tensor,
+    memory: Tensor,
+    labels: Tensor,
+    margin: float,
+    tau: float,
+    beta: float,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    z, about = rows(z.masked_fill(labels[:, None] < 0, 0.0))
+    grad, bank, labels = _single(grad), _single(memory), labels.contiguous()
+    d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
+    extension()[0].soft_angle_loss_backward(
+        grad.data_ptr(),
+        about,
+        bank.data_ptr(),
+        tuple(bank.shape),
+        labels.data_ptr(),
+        margin,
+        tau,
+        beta,
+        _pointer(d_z),
+        _pointer(d_bank),
+        torch.get_num_threads(),
+    )
+    return d_z, None if d_bank is None else d_bank.to(memory.dtype)
+
+
 def memory_guided_pool(
     z: Tensor, values: Tensor, memory: Tensor, offsets: Tensor, temperature: Tensor, per_class: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
