@@ -8,6 +8,7 @@ is not finite has NaN for its cosines, and slot 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,16 @@ class Bank(NamedTuple):
     def precision(self) -> str:
         """Of the products with it."""
         return precision(self.unit.dtype)
+
+
+def comparisons(times: float) -> Callable[[Any], float]:
+    """Operations of `times` products of all rows with all prototypes."""
+    return lambda a: times * 2 * a.z.numel() * a.C * a.K
+
+
+def nearest_comparisons(a: Any) -> float:
+    """Operations of a product of all rows with their nearest prototypes, and of that which goes back."""
+    return 4 * a.z.numel() * a.C
 
 
 def unit_bank(memory: Tensor, dtype: torch.dtype) -> Bank:

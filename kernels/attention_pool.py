@@ -19,12 +19,13 @@ from momkd.kernels._common import (
     precision,
     rows_of,
     tile_programs,
+    work,
 )
 from momkd.kernels._tuning import POOL
 from momkd.kernels.segment_pool import combine, pool_backward
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("values", lambda a: 2 * a.values.numel() * a.HEADS))
 def attention_pool_fwd_kernel(
     values,
     value_stride,

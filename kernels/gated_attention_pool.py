@@ -10,6 +10,8 @@ and σ for a bounded chunk of rows, and matrix products of the library turn it i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from momkd.kernels._common import (
     product,
     rows_of,
     tile_programs,
+    work,
 )
 from momkd.kernels._gate import gate_arguments, gate_slice, keep_masks
 from momkd.kernels._tuning import GATE_BACKWARD, GATE_FORWARD, GATE_FORWARD_DROPOUT, Tiles
@@ -35,7 +38,11 @@ from momkd.reference.philox import keep_scale, keep_threshold
 WORKSPACE = 32 << 20  # bytes of gate gradients held at once in backward
 
 
-@triton.jit
+def _forward_operations(a: Any) -> float:
+    return 2 * a.x.shape[0] * ((1 + a.GATED) * a.L * a.D + a.HEADS * (a.D + a.L))
+
+
+@triton.jit(launch_metadata=work("x", _forward_operations))
 def gated_attention_pool_fwd_kernel(
     x,
     x_stride,
@@ -116,7 +123,17 @@ def gated_attention_pool_fwd_kernel(
     pool_tile(s, x, x_stride, first, end, partial, partial_stats, L, HEADS, HEADS_PADDED, BLOCK, COLUMNS, PRECISION)
 
 
-@triton.jit
+def _gradient_operations(a: Any) -> float:
+    return 2 * (a.end_row - a.first_row) * a.D * ((1 + a.GATED) * a.L + 2 * a.HEADS)
+
+
+def _gradient_passes(a: Any) -> dict[str, float]:
+    """Of x, the gradients of scores and those of the gate, a chunk of rows."""
+    rows = a.end_row - a.first_row
+    return {name: rows / getattr(a, name).shape[0] for name in ("x", "d_scores", "d_gate")}
+
+
+@triton.jit(launch_metadata=work("x", _gradient_operations, _gradient_passes))
 def gate_gradient_kernel(
     x,
     x_stride,

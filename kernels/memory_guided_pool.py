@@ -24,8 +24,18 @@ from momkd.kernels._common import (
     precision,
     rows_of,
     tile_programs,
+    work,
 )
-from momkd.kernels._slots import Bank, class_similarities, nearest_backward, nearest_cosines, tile_rows, unit_bank
+from momkd.kernels._slots import (
+    Bank,
+    class_similarities,
+    comparisons,
+    nearest_backward,
+    nearest_comparisons,
+    nearest_cosines,
+    tile_rows,
+    unit_bank,
+)
 from momkd.kernels._tuning import POOL
 from momkd.kernels.segment_pool import combine, pool_backward
 
@@ -54,7 +64,11 @@ def class_margins(s, C, PER_CLASS: tl.constexpr, CLASSES: tl.constexpr):
         return tl.sum(tl.where(classes == 1, s, -s), 1)[:, None]
 
 
-@triton.jit
+def _forward_operations(a: Any) -> float:
+    return comparisons(1)(a) + 2 * a.values.numel() * a.HEADS
+
+
+@triton.jit(launch_metadata=work("z", _forward_operations))
 def memory_guided_pool_fwd_kernel(
     z,
     z_stride,
@@ -105,7 +119,7 @@ def memory_guided_pool_fwd_kernel(
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("scores", lambda _: 0, lambda _: {"scores": 2}))
 def attention_kernel(
     scores,  # (N, H) float32, turned into attention in place
     stats,  # (B, H, 2) float32
@@ -129,7 +143,7 @@ def attention_kernel(
     tl.store(here, weights, both)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", nearest_comparisons))
 def memory_guided_pool_bwd_kernel(
     d_scores,  # (N, H) float32
     z,

@@ -9,17 +9,21 @@ dM_ck = Σ_i g_ic p_ick u_i: sums over some tiles of rows, then the sum of these
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import launch, product, rows_of
+from momkd.kernels._common import launch, product, rows_of, work
 from momkd.kernels._slots import (
     Bank,
     bank_columns,
     class_similarities,
+    comparisons,
     nearest_backward,
+    nearest_comparisons,
     nearest_cosines,
     row_columns,
     row_norms,
@@ -34,7 +38,7 @@ _PARTS = 64  # sums of the memory's gradient before the last one, at most
 _PARTIAL_NUMBERS = 1 << 24  # and numbers in them
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def memory_similarity_fwd_kernel(
     z,
     z_stride,
@@ -65,7 +69,7 @@ def memory_similarity_fwd_kernel(
     tl.store(nearest + at, slots, both)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", nearest_comparisons))
 def max_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -92,7 +96,7 @@ def max_backward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(2)))
 def lse_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -135,7 +139,11 @@ def lse_backward_kernel(
     store_row_gradient(d_unit, radial, live > 0, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS)
 
 
-@triton.jit
+def _bank_operations(a: Any) -> float:
+    return comparisons(1 + a.LSE)(a)
+
+
+@triton.jit(launch_metadata=work("z", _bank_operations))
 def bank_backward_kernel(
     grad,  # (N, C) float32
     z,

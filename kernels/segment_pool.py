@@ -6,16 +6,28 @@ these to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − g_bh �
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, locate_tile, padded_heads, precision, product, spread, tile_programs
+from momkd.kernels._common import (
+    INF,
+    launch,
+    locate_tile,
+    padded_heads,
+    precision,
+    product,
+    spread,
+    tile_programs,
+    work,
+)
 from momkd.kernels._tuning import POOL_BACKWARD, Tiles
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("partial", lambda a: 2 * a.partial.numel()))
 def combine_kernel(
     partial,  # (T, H, L) float32
     partial_stats,  # (T, H, 2) float32
@@ -63,7 +75,15 @@ def combine_kernel(
         tl.store(stats + 2 * at + 1, total)
 
 
-@triton.jit
+def _backward_operations(a: Any) -> float:
+    return 2 * a.values.numel() * a.HEADS * (a.NEED_SCORES + a.NEED_VALUES)
+
+
+def _backward_passes(a: Any) -> dict[str, float]:
+    return {"values": a.NEED_SCORES, "d_values": a.NEED_VALUES + a.ADD_VALUES, "d_scores": a.NEED_SCORES}
+
+
+@triton.jit(launch_metadata=work("values", _backward_operations, _backward_passes))
 def pool_backward_kernel(
     grad,  # (B, H, L)
     inner,  # (B, H) float32: g · out

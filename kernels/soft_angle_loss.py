@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, rows_of
-from momkd.kernels._slots import Bank, class_similarities, tile_rows, unit_bank
+from momkd.kernels._common import INF, launch, rows_of, work
+from momkd.kernels._slots import Bank, class_similarities, comparisons, tile_rows, unit_bank
 from momkd.kernels.memory_similarity import similarity_backward
 
 
@@ -40,7 +40,7 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + small
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_fwd_kernel(
     z,
     z_stride,
@@ -70,7 +70,7 @@ def soft_angle_loss_fwd_kernel(
     tl.store(losses + rows, tl.where(label >= 0, softplus(beta * (margin - gap)), 0.0), inside)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_bwd_kernel(
     grad,  # (N,)
     z,
