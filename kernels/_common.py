@@ -7,6 +7,7 @@ alone, a program finds its bag by a binary search, no tile crosses a bag, and a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -71,6 +72,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def alignment(x: Tensor) -> int:
+    """The power of two, 16 at most, of elements of which every row of `x` begins and ends at a multiple.
+
+    Triton sees by itself only what 16 divides, and reads all else value by value.
+    """
+    return math.gcd(16, x.shape[1], x.stride(0), x.data_ptr() // x.element_size())
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed in an op on `dtype`.
 
@@ -78,6 +87,19 @@ def precision(dtype: torch.dtype) -> str:
     half precision, whose own products don't ask.
     """
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+@triton.jit
+def multiple(number, OF: tl.constexpr):
+    """`number` as it is, which the compiler is to know as a multiple of OF."""
+    return number // OF * OF
+
+
+@triton.jit
+def row_pointers(base, rows, stride, columns, ALIGN: tl.constexpr):
+    """(rows, columns) pointers; rows `stride` apart begin at multiples of ALIGN elements, and so does `columns`."""
+    size: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(base + rows[:, None] * multiple(stride, ALIGN) + columns[None, :], [1, ALIGN * size])
 
 
 @triton.jit
@@ -153,6 +175,7 @@ def pool_tile(
     HEADS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Softmax of a tile's scores by itself: largest score, Σ exp, and the weighted sum of its rows, unnormalised."""
@@ -168,10 +191,11 @@ def pool_tile(
 
     rows = first + tl.arange(0, BLOCK)
     inside = rows < end
+    L = multiple(L, ALIGN)
     for start in range(0, L, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         there = inside[:, None] & (columns < L)[None, :]
-        x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
+        x = tl.load(row_pointers(values, rows, value_stride, columns, ALIGN), there, 0.0)
         summed = gather(weights, x, HEADS_PADDED, PRECISION)  # (HP, COLS)
         target = partial + slot[:, None] * L + columns[None, :]
         tl.store(target, summed, (heads < HEADS)[:, None] & (columns < L)[None, :])

@@ -131,11 +131,11 @@ BAD = Case("attention_pool", HALF, {"L": 1024, "H": 4})
 
 
 def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from momkd.kernels._tuning import Choices, Tiles
+    from momkd.kernels._tuning import Candidates, Tiles
 
     tiles = Tiles(256, 256)
     for module, table in (("attention_pool", "POOL"), ("segment_pool", "POOL_BACKWARD")):
-        monkeypatch.setattr(gpu.kernels(module), table, Choices(half=tiles, single=tiles))
+        monkeypatch.setattr(gpu.kernels(module), table, Candidates(half=[tiles], single=[tiles]))
     reports = aot.compile_all([BAD], ["sm_90"])
     assert not any(r.error for r in reports)
     assert spilled(reports)
@@ -143,7 +143,7 @@ def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_warps_for_hgmma_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "cuda")]
+    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "sm_90")]
     monkeypatch.setattr(aot, "record", lambda *_: launches)
     assert off_tensor_cores(aot.compile_all([BAD], ["sm_90"]))
 
