@@ -25,6 +25,11 @@ CHIP: str | None = None
 CANDIDATE: int | None = None
 
 
+# HGMMA and its successors read operands from shared memory, of which these chips have 227 KiB; older ones hold operands
+# in registers too, and a program on consumer cards, those of sm_120 among them, has 99 KiB.
+ROOMY = ("sm_90", "sm_100", "sm_103")
+
+
 def chip(device: torch.device) -> str:
     """sm_90, or another of NVIDIA's; gfx for AMD's. Interpreted, kernels are cut as for sm_90."""
     if CHIP is not None:
@@ -71,12 +76,12 @@ class GateTiles(NamedTuple):
     def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int, hidden: int) -> GateTiles:
         """For a gate of `hidden` columns over rows of `width`; neither side is padded beyond need."""
         tiles = self
-        # HGMMA and its successors read operands from shared memory; others hold them in registers too. Of consumer
-        # cards, those of sm_120 among them, a program has 99 KiB of shared memory.
-        if heads > 1 or chip not in ("sm_90", "sm_100", "sm_103"):
+        if heads > 1 or chip not in ROOMY:
             tiles = tiles._replace(gate=min(tiles.gate, 64), rows=min(tiles.rows, 64))
         if chip.startswith("gfx"):  # 64 KiB of shared memory
             tiles = tiles._replace(warps=4, stages=2)
+        elif chip not in ROOMY and dtype != torch.float32:
+            tiles = tiles._replace(columns=min(tiles.columns, 32))
         return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
 
 
@@ -245,17 +250,16 @@ POOL = Candidates(
 )
 POOL_BACKWARD = Candidates(  # with 4 warps, 64 rows that hold both gradients spill
     half=(Tiles(64, 128, 8), Tiles(32, 128, 4), Tiles(64, 64, 8, 3)),
-    single=(Tiles(64, 64, 8), Tiles(32, 64, 4), Tiles(64, 32, 8, 3)),
+    single=(Tiles(64, 64, 8), Tiles(32, 64, 4)),
 )
-_SINGLE = (GateTiles(32, 64, 32, 4, 2), GateTiles(32, 32, 32, 4, 3), GateTiles(64, 32, 32, 8, 2))
+_SINGLE = (GateTiles(32, 64, 32, 8, 2), GateTiles(32, 32, 32, 8, 2))
 # In bfloat16 on sm_90, 128 rows take every register in the plain forward; what holds more would spill.
 GATE_FORWARD = Candidates(
     half=(GateTiles(128, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 128, 64)), single=_SINGLE
 )
-GATE_FORWARD_DROPOUT = Candidates(
-    half=(GateTiles(64, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 64, 64)), single=_SINGLE
-)
-GATE_BACKWARD = Candidates(half=(GateTiles(64, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 64, 64)), single=_SINGLE)
+_GATE_HALF = (GateTiles(64, 128, 64), GateTiles(64, 64, 64))
+GATE_FORWARD_DROPOUT = Candidates(half=_GATE_HALF, single=_SINGLE)
+GATE_BACKWARD = Candidates(half=(*_GATE_HALF, GateTiles(128, 64, 64)), single=_SINGLE)
 MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
     single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),
