@@ -80,8 +80,9 @@ class GateTiles(NamedTuple):
             tiles = tiles._replace(gate=min(tiles.gate, 64), rows=min(tiles.rows, 64))
         if chip.startswith("gfx"):  # 64 KiB of shared memory
             tiles = tiles._replace(warps=4, stages=2)
-        elif chip not in ROOMY and dtype != torch.float32:
-            tiles = tiles._replace(columns=min(tiles.columns, 32))
+        elif chip not in ROOMY:
+            single = dtype == torch.float32
+            tiles = tiles._replace(gate=min(tiles.gate, 32 if single else 64), columns=min(tiles.columns, 32))
         return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
 
 
@@ -96,7 +97,8 @@ class SlotTiles(NamedTuple):
 
     def fitted(self, chip: str, dtype: torch.dtype, width: int, slots: int) -> SlotTiles:
         """For `slots` prototypes a class and rows of `width`; neither side is padded beyond need."""
-        return self._replace(slots=at_most(self.slots, slots), columns=at_most(self.columns, width))
+        rows = self.rows if chip in ROOMY or chip.startswith("gfx") else min(self.rows, 32)
+        return self._replace(rows=rows, slots=at_most(self.slots, slots), columns=at_most(self.columns, width))
 
 
 class _Cut(Protocol):
