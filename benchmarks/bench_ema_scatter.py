@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import copy_rate, interleaved
+from benchmarks.measure import compare
 from momkd import dispatch, reference
 from momkd import functional as F
 
@@ -70,11 +70,4 @@ def test_ema_scatter(benchmark: Any, full: bool, peer: str) -> None:
         layers = codebooks(memory)
         rows = [z[row_class == c] for c in range(C)]
         calls[peer] = lambda: [layer(x[None]) for layer, x in zip(layers, rows, strict=True)]
-    seconds = interleaved(calls)
-    for name, each in seconds.items():
-        benchmark.extra_info[f"seconds of {name}"] = each
-        if name != "native":
-            benchmark.extra_info[f"times as fast as {name}"] = each / seconds["native"]
-    benchmark.extra_info["attained"] = z.nbytes / copy_rate() / seconds["native"]
-    benchmark.extra_info["rows"] = n
-    benchmark.pedantic(calls["native"], rounds=5)
+    compare(benchmark, "cpu", calls, work=(2 * n * K * S, z.nbytes), rounds=15, rows=n)

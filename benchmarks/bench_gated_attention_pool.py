@@ -1,7 +1,7 @@
 """gated_attention_pool forward and backward against a loop over bags, the flattened form and a padded batch.
 
-Floor: 2·N·L·2D operations three times (forward, recomputed in backward, and for the weights; features are frozen), at
-the rate of a large matrix product.
+Floor: 2·N·L·2D operations three times (forward, recomputed in backward, and for the weights; features are frozen), or
+the features read as often.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measure import interleaved, product_rate
+from benchmarks.bags import bag_of_each_row, pool_flattened, ragged
+from benchmarks.measure import compare, forward_and_backward, must_agree, on_each_device, require
 from momkd import Bags, dispatch, reference
 from momkd import functional as F
 from momkd.reference.gated_attention_pool import GateParameters
@@ -37,61 +38,61 @@ def padded(x: Tensor, mask: Tensor, w: GateParameters) -> Tensor:
     return torch.softmax(scores, 1).transpose(1, 2) @ x
 
 
-def flattened(x: Tensor, index: Tensor, count: int, w: GateParameters) -> Tensor:
-    scores = attend(x, w)[:, 0]
-    top = scores.new_full((count,), -torch.inf).scatter_reduce(0, index, scores, "amax")
-    weight = torch.exp(scores - top[index])
-    total = weight.new_zeros(count).index_add(0, index, weight)
-    return x.new_zeros(count, x.shape[1]).index_add(0, index, (weight / total[index])[:, None] * x)[:, None]
+def flattened(x: Tensor, index: Tensor, w: GateParameters) -> Tensor:
+    return pool_flattened(x, attend(x, w)[:, 0], index)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_gated_attention_pool(benchmark: Any, full: bool, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can use")
-    large = full or device == "cuda"
+@pytest.mark.parametrize("backward", [True, False], ids=["fwd+bwd", "fwd"])
+@on_each_device
+def test_gated_attention_pool(benchmark: Any, full: bool, device: str, backward: bool) -> None:
+    require(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    median = 8000 if large else 400
-    lengths = (median * torch.exp(0.6 * torch.randn(32, generator=generator))).long().tolist()
-    bags = Bags.from_lengths(torch.randn(sum(lengths), WIDTH, device=device).to(dtype), lengths)
+    bags = ragged(device, 8000 if full or device == "cuda" else 100, WIDTH, dtype)
     shapes = [(HIDDEN, WIDTH), (HIDDEN,), (HIDDEN, WIDTH), (HIDDEN,), (1, HIDDEN), (1,)]
-    made = [(torch.randn(*s, device=device) / s[-1] ** 0.5).to(dtype).requires_grad_() for s in shapes]
+    made = [(torch.randn(*s, device=device) / s[-1] ** 0.5).to(dtype).requires_grad_(backward) for s in shapes]
     w = GateParameters(*made)
 
     exact = GateParameters(*(p.detach().double() for p in made))
     want, _, _ = reference.gated_attention_pool(bags.features.double(), bags.offsets, exact)
-    got = F.gated_attention_pool(bags.features, bags.offsets, *w).double()
-    error = float((got - want).norm() / want.norm())
-    assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"wrong by {error:.1e}: no time is reported"
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    must_agree(F.gated_attention_pool(bags.features, bags.offsets, *w), want, tolerance)
+    del want
 
     x, mask = bags.to_padded()
-    index = torch.repeat_interleave(torch.arange(32, device=device), torch.tensor(lengths, device=device))
+    index = bag_of_each_row(bags)
     compiled = torch.compile(flattened, dynamic=False)
     forms: dict[str, Callable[[], Tensor]] = {
         "momkd": lambda: F.gated_attention_pool(bags.features, bags.offsets, *w),
         "loop over bags": lambda: loop_over_bags(bags, w),
-        "flattened": lambda: flattened(bags.features, index, 32, w),
-        "flattened, torch.compile": lambda: compiled(bags.features, index, 32, w),
+        "flattened": lambda: flattened(bags.features, index, w),
+        "flattened, torch.compile": lambda: compiled(bags.features, index, w),
         "padded batch": lambda: padded(x, mask, w),
     }
+    product = 2 * bags.num_rows * WIDTH * 2 * HIDDEN
+    passes = 3 if backward else 1
+    compare(
+        benchmark,
+        device,
+        {name: forward_and_backward(form, made) if backward else form for name, form in forms.items()},
+        work=(passes * product, passes * bags.features.nbytes),
+        dtype=dtype,
+        patches=bags.num_rows,
+        backend=dispatch.choose("gated_attention_pool", None, (bags.features, bags.offsets, made[0], made[2], made[4])),
+    )
 
-    def step(form: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for p in made:
-                p.grad = None
-            form().sum().backward()
 
-        return run
-
-    seconds = interleaved({name: step(form) for name, form in forms.items()}, rounds=7)
-    for name, each in seconds.items():
-        benchmark.extra_info[f"seconds of {name}"] = each
-        benchmark.extra_info[f"times as fast as {name}"] = each / seconds["momkd"]
-    work = (
-        3 * 2 * sum(lengths) * WIDTH * 2 * HIDDEN
-    )  # forward, recomputed, and for the weights: the features are frozen
-    benchmark.extra_info["attained"] = work / product_rate(device, dtype) / seconds["momkd"]
-    benchmark.extra_info["patches"] = sum(lengths)
-    benchmark.extra_info["backend"] = dispatch.choose("gated_attention_pool", None, (bags.features, bags.offsets))
-    benchmark.pedantic(step(forms["momkd"]), rounds=3)
+@on_each_device
+def test_the_library_product_of_the_same_shape(benchmark: Any, full: bool, device: str) -> None:
+    """Forward beside one plain product (N, L) by (L, 2D): what gate, softmax and pooling cost on top of it."""
+    require(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bags = ragged(device, 8000 if full or device == "cuda" else 100, WIDTH, dtype)
+    w_v, w_u = (torch.randn(HIDDEN, WIDTH, device=device).to(dtype) / 32 for _ in range(2))
+    w_a = torch.randn(1, HIDDEN, device=device).to(dtype) / 16
+    both = torch.cat([w_v, w_u]).T.contiguous()
+    calls = {
+        "momkd": lambda: F.gated_attention_pool(bags.features, bags.offsets, w_v, None, w_u, None, w_a, None),
+        "a plain product": lambda: bags.features @ both,
+    }
+    work = 2 * bags.num_rows * WIDTH * 2 * HIDDEN, bags.features.nbytes
+    compare(benchmark, device, calls, work=work, dtype=dtype, patches=bags.num_rows)

@@ -7,7 +7,10 @@ alone, a program finds its bag by a binary search, no tile crosses a bag, and a 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +34,29 @@ def launch(
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **meta)
 
 
+def work(
+    of: str, operations: Callable[[Any], float], passes: Callable[[Any], Mapping[str, float]] = lambda _: {}
+) -> Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]:
+    """A `launch_metadata` hook of `triton.jit`, which Triton's profiler Proton asks at every launch.
+
+    `operations` counts those of the products from the kernel's arguments; they are reported under the width of argument
+    `of`. Bytes: every tensor moved once, or as often as `passes` says. One that stands for another that is absent, at
+    the same address, is not counted again. Nothing of the device is read.
+    """
+
+    def metadata(grid: Any, compiled: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        given = SimpleNamespace(**arguments)
+        tensors = {name: t for name, t in arguments.items() if hasattr(t, "data_ptr")}
+        often = passes(given)
+        moved = {
+            t.data_ptr(): often.get(name, 1) * t.numel() * t.element_size() for name, t in reversed(tensors.items())
+        }
+        bits = 8 * tensors[of].element_size()
+        return {"name": compiled.name, f"flops{bits}": operations(given), "bytes": int(sum(moved.values()))}
+
+    return metadata
+
+
 def tile_programs(rows: int, bags: int, block: int) -> int:
     """Programs that cover every tile of every bag."""
     return rows // block + bags
@@ -46,6 +72,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 or x.stride(1) == 1 else x.contiguous()
 
 
+def alignment(x: Tensor) -> int:
+    """The power of two, 16 at most, of elements of which every row of `x` begins and ends at a multiple.
+
+    Triton sees by itself only what 16 divides, and reads all else value by value.
+    """
+    return math.gcd(16, x.shape[1], x.stride(0), x.data_ptr() // x.element_size())
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed in an op on `dtype`.
 
@@ -53,6 +87,19 @@ def precision(dtype: torch.dtype) -> str:
     half precision, whose own products don't ask.
     """
     return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+@triton.jit
+def multiple(number, OF: tl.constexpr):
+    """`number` as it is, which the compiler is to know as a multiple of OF."""
+    return number // OF * OF
+
+
+@triton.jit
+def row_pointers(base, rows, stride, columns, ALIGN: tl.constexpr):
+    """(rows, columns) pointers; rows `stride` apart begin at multiples of ALIGN elements, and so does `columns`."""
+    size: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(base + rows[:, None] * multiple(stride, ALIGN) + columns[None, :], [1, ALIGN * size])
 
 
 @triton.jit
@@ -128,6 +175,7 @@ def pool_tile(
     HEADS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Softmax of a tile's scores by itself: largest score, Σ exp, and the weighted sum of its rows, unnormalised."""
@@ -143,10 +191,11 @@ def pool_tile(
 
     rows = first + tl.arange(0, BLOCK)
     inside = rows < end
+    L = multiple(L, ALIGN)
     for start in range(0, L, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         there = inside[:, None] & (columns < L)[None, :]
-        x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
+        x = tl.load(row_pointers(values, rows, value_stride, columns, ALIGN), there, 0.0)
         summed = gather(weights, x, HEADS_PADDED, PRECISION)  # (HP, COLS)
         target = partial + slot[:, None] * L + columns[None, :]
         tl.store(target, summed, (heads < HEADS)[:, None] & (columns < L)[None, :])

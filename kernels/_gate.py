@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import dropout_words, product
+from momkd.kernels._common import dropout_words, multiple, product, row_pointers
 from momkd.reference.gated_attention_pool import GateParameters
 
 
@@ -39,16 +39,18 @@ def gate_slice(
     BLOCK: tl.constexpr,
     GATE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """tanh(·) and σ(·) of some rows for the columns `gate`: (BLOCK, GATE) float32 each; σ is 1 without the gate."""
     is_gate = gate < D
+    L = multiple(L, ALIGN)
     acc_v = tl.zeros([BLOCK, GATE], tl.float32)
     acc_u = tl.zeros([BLOCK, GATE], tl.float32)
     for start in range(0, L, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         is_column = columns < L
-        part = tl.load(x + rows[:, None] * x_stride + columns[None, :], inside[:, None] & is_column[None, :], 0.0)
+        part = tl.load(row_pointers(x, rows, x_stride, columns, ALIGN), inside[:, None] & is_column[None, :], 0.0)
         at = gate[None, :] * L + columns[:, None]
         both = is_gate[None, :] & is_column[:, None]
         acc_v += product(part, tl.load(w_v + at, both, 0.0), PRECISION)
@@ -71,9 +73,10 @@ def keep_masks(seed, rows, first_column, threshold, scale, BLOCK: tl.constexpr, 
     return keep_tanh, keep_sigma
 
 
-def gate_arguments(
-    x: Tensor, parameters: GateParameters, seed: Tensor | None
-) -> tuple[list[Tensor], dict[str, object]]:
+GateArguments = tuple[list[Tensor], dict[str, object]]
+
+
+def gate_arguments(x: Tensor, parameters: GateParameters, seed: Tensor | None) -> GateArguments:
     """Pointers of the parameters in the type of x, and the flags; what is absent points to something that is there."""
     given = [None if p is None else p.to(x.dtype).contiguous() for p in parameters]
     w_v, b_v, w_u, b_u, w_a, b_a = given

@@ -8,16 +8,18 @@ is not finite has NaN for its cosines, and slot 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, precision, product
+from momkd.kernels._common import INF, alignment, precision, product, row_pointers
 from momkd.kernels._tuning import MEMORY, SlotTiles, register_limit
 
+R = TypeVar("R")
 EPS = tl.constexpr(1e-12)
 
 
@@ -28,6 +30,7 @@ class Bank(NamedTuple):
     sizes: tuple[int, int, int]  # C, K, S
     norm: Tensor  # (C, K, 1) float32, what the prototypes were divided by
     tiles: SlotTiles
+    align: int  # of the rows
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -38,9 +41,10 @@ class Bank(NamedTuple):
             "SLOTS": tiles.slots,
             "BLOCK": tiles.rows,
             "COLUMNS": tiles.columns,
+            "ALIGN": self.align,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            **register_limit(),
+            **register_limit(self.unit.device),
         }
 
     @property
@@ -49,15 +53,31 @@ class Bank(NamedTuple):
         return precision(self.unit.dtype)
 
 
-def unit_bank(memory: Tensor, dtype: torch.dtype) -> Bank:
-    """The bank for rows of `dtype`."""
+def comparisons(times: float) -> Callable[[Any], float]:
+    """Operations of `times` products of all rows with all prototypes."""
+    return lambda a: times * 2 * a.z.numel() * a.C * a.K
+
+
+def nearest_comparisons(a: Any) -> float:
+    """Operations of a product of all rows with their nearest prototypes, and of that which goes back."""
+    return 4 * a.z.numel() * a.C
+
+
+def with_bank(op: str, memory: Tensor, z: Tensor, run: Callable[[Bank], R]) -> R:
+    """What `run` makes of the bank for these rows (N, S), cut as is best for `op`."""
+    classes, slots, width = memory.shape
+    tiles = MEMORY.choose(f"{op} {classes}", z, width, slots, run=lambda tiles: run(unit_bank(memory, z, tiles)))
+    return run(unit_bank(memory, z, tiles))
+
+
+def unit_bank(memory: Tensor, z: Tensor, tiles: SlotTiles) -> Bank:
+    """The bank for these rows (N, S)."""
     _, slots, width = memory.shape
-    tiles = MEMORY.choose(slots, width, dtype)
     single = memory.float()
     norm = torch.linalg.vector_norm(single, dim=-1, keepdim=True).clamp_min(EPS.value)
     padding = (0, -width % tiles.columns, 0, -slots % tiles.slots)
-    unit = torch.nn.functional.pad((single / norm).to(dtype), padding).contiguous()
-    return Bank(unit, tuple(memory.shape), norm, tiles)
+    unit = torch.nn.functional.pad((single / norm).to(z.dtype), padding).contiguous()
+    return Bank(unit, tuple(memory.shape), norm, tiles, alignment(z))
 
 
 def unit_bank_backward(d_unit: Tensor, memory: Tensor, bank: Bank) -> Tensor:
@@ -78,10 +98,10 @@ def tile_rows(first, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_columns(z, z_stride, rows, start, S: tl.constexpr, COLUMNS: tl.constexpr):
+def row_columns(z, z_stride, rows, start, S: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr):
     """(BLOCK, COLUMNS) of the rows from column `start` on; zero after the last column."""
     columns = start + tl.arange(0, COLUMNS)
-    here = z + rows[:, None] * z_stride + columns[None, :]
+    here = row_pointers(z, rows, z_stride, columns, ALIGN)
     if S % COLUMNS == 0:
         return tl.load(here)
     else:
@@ -89,7 +109,9 @@ def row_columns(z, z_stride, rows, start, S: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def row_norms(first, z, z_stride, rows, S: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def row_norms(
+    first, z, z_stride, rows, S: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr
+):
     """max(|z|, eps) (BLOCK,). `first` are the first columns; where there are more, they too are read here."""
     if S <= COLUMNS:
         x = first.to(tl.float32)
@@ -97,7 +119,7 @@ def row_norms(first, z, z_stride, rows, S: tl.constexpr, BLOCK: tl.constexpr, CO
     else:
         square = tl.zeros([BLOCK], tl.float32)
         for start in range(0, S, COLUMNS):
-            x = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32)
+            x = row_columns(z, z_stride, rows, start, S, COLUMNS, ALIGN).to(tl.float32)
             square += tl.sum(x * x, 1)
     norm = tl.sqrt(square)
     return tl.where(norm <= EPS, EPS, norm)
@@ -126,6 +148,7 @@ def slot_cosines(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK, SLOTS) cosines of the rows with some slots of class c; −inf for slots that there are not."""
@@ -134,7 +157,7 @@ def slot_cosines(
     else:
         dots = tl.zeros([BLOCK, SLOTS], tl.float32)
         for start in range(0, S, COLUMNS):
-            x = row_columns(z, z_stride, rows, start, S, COLUMNS)
+            x = row_columns(z, z_stride, rows, start, S, COLUMNS, ALIGN)
             dots += product(x, tl.trans(bank_columns(bank, c, slots, K, S, start, SLOTS, COLUMNS)), PRECISION)
     return tl.where((slots < K)[None, :], dots / norm[:, None], -INF)
 
@@ -154,11 +177,12 @@ def class_similarities(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK, CLASSES) similarities, 0 for classes that there are not, and the slots of the largest cosines."""
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, ALIGN)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, ALIGN)
     classes = tl.arange(0, CLASSES)
     similarities = tl.zeros([BLOCK, CLASSES], tl.float32)
     nearest = tl.zeros([BLOCK, CLASSES], tl.int32)
@@ -169,7 +193,7 @@ def class_similarities(
         for start in range(0, K, SLOTS):
             cosines = slot_cosines(
                 *(first, norm, z, z_stride, rows, bank, c, start + tl.arange(0, SLOTS)),
-                *(K, S, SLOTS, BLOCK, COLUMNS, PRECISION),
+                *(K, S, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION),
             )
             # What is larger than any cosine is found by the maximum, a NaN may be not.
             cosines = tl.where(cosines != cosines, INF, cosines)
@@ -210,10 +234,11 @@ def nearest_cosines(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """(BLOCK, CLASSES) cosines of the rows with their nearest slots (N, C), 0 where no class is; and max(|z|, eps)."""
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, ALIGN)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, ALIGN)
     classes = tl.arange(0, CLASSES)
     cosines = tl.zeros([BLOCK, CLASSES], tl.float32)
     for c in range(0, C):
@@ -223,7 +248,7 @@ def nearest_cosines(
         else:
             dot = tl.zeros([BLOCK], tl.float32)
             for start in range(0, S, COLUMNS):
-                x = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32)
+                x = row_columns(z, z_stride, rows, start, S, COLUMNS, ALIGN).to(tl.float32)
                 dot += tl.sum(x * nearest_columns(bank, nearest, rows, c, C, K, S, start, SLOTS, COLUMNS), 1)
         cosines = tl.where((classes == c)[None, :], (dot / norm)[:, None], cosines)
     return cosines, norm
@@ -231,11 +256,23 @@ def nearest_cosines(
 
 @triton.jit
 def store_row_gradient(
-    d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S: tl.constexpr, COLUMNS: tl.constexpr
+    d_unit,
+    radial,
+    live,
+    norm,
+    z,
+    z_stride,
+    rows,
+    inside,
+    start,
+    d_z,
+    S: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """d_z of some columns from the gradient of the unit rows and its product with them; 0 for rows not `live`."""
     columns = start + tl.arange(0, COLUMNS)
-    unit = row_columns(z, z_stride, rows, start, S, COLUMNS).to(tl.float32) / norm[:, None]
+    unit = row_columns(z, z_stride, rows, start, S, COLUMNS, ALIGN).to(tl.float32) / norm[:, None]
     # Where the norm was clamped, the division was by a constant.
     along = tl.where(norm <= EPS, 0.0, radial)
     d = tl.where(live[:, None], (d_unit - unit * along[:, None]) / norm[:, None], 0.0)
@@ -262,6 +299,7 @@ def nearest_backward(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """d_z (N, S) from the gradient of the cosines with the nearest slots. A row whose gradient is 0 gets exactly 0."""
     classes = tl.arange(0, CLASSES)
@@ -272,4 +310,4 @@ def nearest_backward(
         for c in range(0, C):
             g = tl.sum(tl.where((classes == c)[None, :], d_similarities, 0.0), 1)
             d_unit += g[:, None] * nearest_columns(bank, nearest, rows, c, C, K, S, start, SLOTS, COLUMNS)
-        store_row_gradient(d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS)
+        store_row_gradient(d_unit, radial, live, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS, ALIGN)

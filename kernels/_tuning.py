@@ -1,12 +1,53 @@
-"""Sizes of tiles: a few configurations an op, chosen by width and type alone, never by exact lengths."""
+"""Sizes of tiles: a few candidates an op, chosen by chip, widths and type, never by exact lengths.
+
+The first candidate that fits is the default; compiled ahead of time, none of them spills. Where the user asks for it
+(`momkd.tune`), all are timed at their first use in a shape, and the quickest is kept on disk and taken from then on.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+import triton
+from torch import Tensor
 
-PLATFORM = "hip" if torch.version.hip else "cuda"
+# The chip to cut for and the candidate to take, where they are not to be found out: for compiling ahead of time.
+CHIP: str | None = None
+CANDIDATE: int | None = None
+
+
+# HGMMA and its successors read operands from shared memory, of which these chips have 227 KiB; older ones hold operands
+# in registers too, and a program on consumer cards, those of sm_120 among them, has 99 KiB.
+ROOMY = ("sm_90", "sm_100", "sm_103")
+
+
+def chip(device: torch.device) -> str:
+    """sm_90, or another of NVIDIA's; gfx for AMD's. Interpreted, kernels are cut as for sm_90."""
+    if CHIP is not None:
+        return CHIP
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def at_most(columns: int, size: int) -> int:
+    """The power of two, 16 at least, that holds `size` columns, or `columns` where that is less."""
+    narrow = 16
+    while narrow < min(size, columns):
+        narrow *= 2
+    return narrow
 
 
 class Tiles(NamedTuple):
@@ -17,22 +58,10 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 2
 
-
-class Choices(NamedTuple):
-    """Tiles for 16-bit and for 32-bit values."""
-
-    half: Tiles
-    single: Tiles
-
-    def choose(self, width: int, dtype: torch.dtype) -> Tiles:
-        """The tiles for rows of this width; columns are not wider than the rows need."""
-        tiles = self.single if dtype == torch.float32 else self.half
-        most = tiles.columns if width % 16 == 0 else 32  # rows that begin anywhere load value by value
-        return tiles._replace(columns=_at_most(most, width))
-
-
-POOL = Choices(half=Tiles(64, 128), single=Tiles(64, 64))
-POOL_BACKWARD = Choices(half=Tiles(64, 128, 8), single=Tiles(64, 64, 8))  # with 4 warps, holding both gradients spills
+    def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int) -> Tiles:
+        """For rows of this width that begin at multiples of `align`; not wider than the rows need."""
+        most = self.columns if align * dtype.itemsize >= 8 else min(self.columns, 32)  # value by value would spill
+        return self._replace(columns=at_most(most, width))
 
 
 class GateTiles(NamedTuple):
@@ -44,36 +73,17 @@ class GateTiles(NamedTuple):
     warps: int = 8
     stages: int = 3
 
-
-class GateChoices(NamedTuple):
-    """Gate tiles for 16-bit and for 32-bit features."""
-
-    half: GateTiles
-    single: GateTiles
-
-    def choose(self, hidden: int, width: int, heads: int, dtype: torch.dtype) -> GateTiles:
-        """The tiles for a gate of `hidden` columns over rows of `width`; neither side is padded beyond need."""
-        tiles = self.single if dtype == torch.float32 else self.half
-        if heads > 1:
+    def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int, hidden: int) -> GateTiles:
+        """For a gate of `hidden` columns over rows of `width`; neither side is padded beyond need."""
+        tiles = self
+        if heads > 1 or chip not in ROOMY:
             tiles = tiles._replace(gate=min(tiles.gate, 64), rows=min(tiles.rows, 64))
-        if PLATFORM == "hip":  # 64 KiB of shared memory
-            tiles = tiles._replace(rows=min(tiles.rows, 64), gate=min(tiles.gate, 64), warps=4, stages=2)
-        return tiles._replace(gate=_at_most(tiles.gate, hidden), columns=_at_most(tiles.columns, width))
-
-
-def _at_most(columns: int, size: int) -> int:
-    """The power of two, 16 at least, that holds `size` columns, or `columns` where that is less."""
-    narrow = 16
-    while narrow < min(size, columns):
-        narrow *= 2
-    return narrow
-
-
-# In bfloat16 on sm_90, 128 rows take every register in the plain forward; what holds more would spill.
-_SINGLE = GateTiles(32, 64, 32, 4, 2)
-GATE_FORWARD = GateChoices(half=GateTiles(128, 128, 64), single=_SINGLE)
-GATE_FORWARD_DROPOUT = GateChoices(half=GateTiles(64, 128, 64), single=_SINGLE)
-GATE_BACKWARD = GateChoices(half=GateTiles(64, 128, 64), single=_SINGLE)
+        if chip.startswith("gfx"):  # 64 KiB of shared memory
+            tiles = tiles._replace(warps=4, stages=2)
+        elif chip not in ROOMY:
+            single = dtype == torch.float32
+            tiles = tiles._replace(gate=min(tiles.gate, 32 if single else 64), columns=min(tiles.columns, 32))
+        return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
 
 
 class SlotTiles(NamedTuple):
@@ -85,22 +95,179 @@ class SlotTiles(NamedTuple):
     warps: int = 4
     stages: int = 2
 
-
-class SlotChoices(NamedTuple):
-    """Slot tiles for 16-bit and for 32-bit rows."""
-
-    half: SlotTiles
-    single: SlotTiles
-
-    def choose(self, slots: int, width: int, dtype: torch.dtype) -> SlotTiles:
-        """The tiles for `slots` prototypes a class and rows of `width`; neither side is padded beyond need."""
-        tiles = self.single if dtype == torch.float32 else self.half
-        return tiles._replace(slots=_at_most(tiles.slots, slots), columns=_at_most(tiles.columns, width))
+    def fitted(self, chip: str, dtype: torch.dtype, width: int, slots: int) -> SlotTiles:
+        """For `slots` prototypes a class and rows of `width`; neither side is padded beyond need."""
+        rows = self.rows if chip in ROOMY or chip.startswith("gfx") else min(self.rows, 32)
+        return self._replace(rows=rows, slots=at_most(self.slots, slots), columns=at_most(self.columns, width))
 
 
-MEMORY = SlotChoices(half=SlotTiles(64, 64, 64), single=SlotTiles(32, 32, 64))
+class _Cut(Protocol):
+    def fitted(self, chip: str, dtype: torch.dtype, *sizes: int) -> Any: ...
 
 
-def register_limit() -> dict[str, int]:
+T = TypeVar("T", bound=_Cut)
+
+
+class Candidates(NamedTuple, Generic[T]):
+    """Tiles for 16-bit and for 32-bit values; the first are the default."""
+
+    half: Sequence[T]
+    single: Sequence[T]
+
+    def fitted(self, like: Tensor, *sizes: int) -> list[T]:
+        """Those for values of the type of `like` on its device, each once."""
+        here = chip(like.device)
+        given = self.single if like.dtype == torch.float32 else self.half
+        return list(dict.fromkeys(tiles.fitted(here, like.dtype, *sizes) for tiles in given))
+
+    def choose(self, op: str, like: Tensor, *sizes: int, run: Callable[[T], object]) -> T:
+        """The tiles to take for rows (N, …) `like` these; `run` does the op's work with some, and may be repeated."""
+        found = self.fitted(like, *sizes)
+        if CANDIDATE is not None:
+            return found[min(CANDIDATE, len(found) - 1)]
+        return STORE.choose(key_of(op, like, sizes), found, run, like.device)
+
+
+# --- what is on disk
+
+FILE = "tiles.json"
+FORMAT = 1
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    return f"{torch.cuda.get_device_name(device)} {chip(device)}"
+
+
+def key_of(op: str, like: Tensor, sizes: Sequence[int]) -> str:
+    """What a choice holds for. Rows count by the power of two that holds them."""
+    rows = triton.next_power_of_2(max(1, like.shape[0]))
+    dtype = str(like.dtype).removeprefix("torch.")
+    words = op, _device_name(like.device), f"triton {triton.__version__}", dtype, *sizes, f"rows {rows}"
+    return " | ".join(map(str, words))
+
+
+class Store:
+    """Choices by key, in memory and in a file of a folder; without a folder, in memory alone.
+
+    A file that can't be read or written is a warning once, and tuning goes on without it. Several processes may write:
+    each adds its choices to what the others wrote, under a lock where the system has one, and replaces the file whole.
+    """
+
+    def __init__(self, folder: Path | None = None, measure: Callable[[Callable[[], object]], float] | None = None):
+        self.folder = folder
+        self.measure = measure  # seconds of a call; None: nothing is tuned
+        self._known: dict[str, Any] | None = None
+
+    def configure(self, folder: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
+        """Another folder is read anew."""
+        if folder != self.folder:
+            self.folder, self._known = folder, None
+        self.measure = measure
+
+    def choose(self, key: str, candidates: Sequence[T], run: Callable[[T], object], device: torch.device) -> T:
+        """What was chosen before, else the quickest where tuning was asked for, else the first candidate."""
+        if self._known is None:
+            self._known = self._read()
+        for tiles in candidates:
+            if list(tiles) == self._known.get(key):
+                return tiles
+        measure = self.measure
+        if measure is None or len(candidates) == 1 or _recording(device):
+            return candidates[0]
+        seconds: dict[T, float] = {}
+        for tiles in candidates:
+            try:
+                seconds[tiles] = measure(lambda tiles=tiles: run(tiles))  # type: ignore[misc]
+            except triton.runtime.errors.OutOfResources:
+                continue  # this card has less shared memory than its kind
+        best = min(seconds, key=seconds.__getitem__, default=candidates[0])
+        self._known[key] = list(best)
+        self._write(key)
+        return best
+
+    def _read(self) -> dict[str, Any]:
+        if self.folder is None:
+            return {}
+        try:
+            held = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
+            if held["format"] != FORMAT:
+                return {}
+            return dict(held["tiles"])
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._warn("read", error)
+            return {}
+
+    def _write(self, key: str) -> None:
+        if self.folder is None or self._known is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self.folder / f"{FILE}.lock"):
+                self._known = self._read() | {key: self._known[key]} | self._known
+                handle, name = tempfile.mkstemp(dir=self.folder, prefix=FILE)
+                try:
+                    with open(handle, "w", encoding="utf-8") as file:
+                        json.dump({"format": FORMAT, "tiles": self._known}, file, indent=1, sort_keys=True)
+                    os.replace(name, self.folder / FILE)
+                except BaseException:
+                    os.unlink(name)
+                    raise
+        except OSError as error:
+            self._warn("written", error)
+
+    def _warn(self, done: str, error: Exception) -> None:
+        text = f"momkd: tuned tiles in {self.folder} cannot be {done} ({type(error).__name__}: {error}); "
+        warnings.warn(text + "going on without; MOMKD_CACHE_DIR names another folder", stacklevel=2)
+
+
+@contextmanager
+def _locked(path: Path):
+    try:
+        import fcntl
+    except ImportError:  # no such locks: at worst a choice is lost, never the file
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _recording(device: torch.device) -> bool:
+    """Whether launches are being recorded and not run, so that nothing can be timed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+STORE = Store()
+
+# --- the candidates
+
+POOL = Candidates(
+    half=(Tiles(64, 128), Tiles(64, 64, 4, 3), Tiles(32, 128, 4, 3), Tiles(128, 64, 8)),
+    single=(Tiles(64, 64), Tiles(32, 64, 4, 3), Tiles(64, 64, 8)),
+)
+POOL_BACKWARD = Candidates(  # with 4 warps, 64 rows that hold both gradients spill
+    half=(Tiles(64, 128, 8), Tiles(32, 128, 4), Tiles(64, 64, 8, 3)),
+    single=(Tiles(64, 64, 8), Tiles(32, 64, 4)),
+)
+_SINGLE = (GateTiles(32, 64, 32, 8, 2), GateTiles(32, 32, 32, 8, 2))
+# In bfloat16 on sm_90, 128 rows take every register in the plain forward; what holds more would spill.
+GATE_FORWARD = Candidates(
+    half=(GateTiles(128, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 128, 64)), single=_SINGLE
+)
+_GATE_HALF = (GateTiles(64, 128, 64), GateTiles(64, 64, 64))
+GATE_FORWARD_DROPOUT = Candidates(half=_GATE_HALF, single=_SINGLE)
+GATE_BACKWARD = Candidates(half=(*_GATE_HALF, GateTiles(128, 64, 64)), single=_SINGLE)
+MEMORY = Candidates(
+    half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
+    single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),
+)
+
+
+def register_limit(device: torch.device) -> dict[str, int]:
     """All registers that a thread may have: left alone, ptxas spills a few bytes to fit one more program."""
-    return {"maxnreg": 255} if PLATFORM == "cuda" else {}
+    return {} if chip(device).startswith("gfx") else {"maxnreg": 255}

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from momkd.kernels._common import (
     INF,
+    alignment,
     launch,
     locate_tile,
     padded_heads,
@@ -19,12 +22,13 @@ from momkd.kernels._common import (
     precision,
     rows_of,
     tile_programs,
+    work,
 )
-from momkd.kernels._tuning import POOL
+from momkd.kernels._tuning import POOL, Tiles
 from momkd.kernels.segment_pool import combine, pool_backward
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("values", lambda a: 2 * a.values.numel() * a.HEADS))
 def attention_pool_fwd_kernel(
     values,
     value_stride,
@@ -38,6 +42,7 @@ def attention_pool_fwd_kernel(
     HEADS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     _, first, end = locate_tile(offsets, bags, BLOCK)
@@ -48,18 +53,24 @@ def attention_pool_fwd_kernel(
     both = (rows < end)[:, None] & (heads < HEADS)[None, :]
     s = tl.load(scores + rows[:, None] * HEADS + heads[None, :], both, -INF).to(tl.float32)
     pool_tile(
-        s, values, value_stride, first, end, partial, partial_stats, L, HEADS, HEADS_PADDED, BLOCK, COLUMNS, PRECISION
+        *(s, values, value_stride, first, end, partial, partial_stats, L),
+        *(HEADS, HEADS_PADDED, BLOCK, COLUMNS, ALIGN, PRECISION),
     )
 
 
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L) in the dtype of values, stats (B, H, 2)."""
     values, scores = rows_of(values), scores.contiguous()
+    sizes = values.shape[1], scores.shape[1], alignment(values)
+    run = partial(_attention_pool, values, scores, offsets)
+    return run(POOL.choose("attention_pool", values, *sizes, run=run))
+
+
+def _attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     bags, (rows, width), heads = offsets.shape[0] - 1, values.shape, scores.shape[1]
-    tiles = POOL.choose(width, values.dtype)
     programs = tile_programs(rows, bags, tiles.rows)
-    partial = values.new_empty(programs, heads, width, dtype=torch.float32)
-    partial_stats = values.new_empty(programs, heads, 2, dtype=torch.float32)
+    parts = values.new_empty(programs, heads, width, dtype=torch.float32)
+    part_stats = values.new_empty(programs, heads, 2, dtype=torch.float32)
     launch(
         attention_pool_fwd_kernel,
         (programs,),
@@ -68,18 +79,19 @@ def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Ten
         scores,
         offsets,
         bags,
-        partial,
-        partial_stats,
+        parts,
+        part_stats,
         width,
         HEADS=heads,
         HEADS_PADDED=padded_heads(heads),
         BLOCK=tiles.rows,
         COLUMNS=tiles.columns,
+        ALIGN=alignment(values),
         PRECISION=precision(values.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return combine(partial, partial_stats, offsets, values, tiles)
+    return combine(parts, part_stats, offsets, values, tiles)
 
 
 def attention_pool_backward(

@@ -10,6 +10,9 @@ and σ for a bounded chunk of rows, and matrix products of the library turn it i
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from momkd.kernels._common import (
     INF,
+    alignment,
     launch,
     locate_tile,
     padded_heads,
@@ -25,9 +29,17 @@ from momkd.kernels._common import (
     product,
     rows_of,
     tile_programs,
+    work,
 )
-from momkd.kernels._gate import gate_arguments, gate_slice, keep_masks
-from momkd.kernels._tuning import GATE_BACKWARD, GATE_FORWARD, GATE_FORWARD_DROPOUT, Tiles
+from momkd.kernels._gate import GateArguments, gate_arguments, gate_slice, keep_masks
+from momkd.kernels._tuning import (
+    GATE_BACKWARD,
+    GATE_FORWARD,
+    GATE_FORWARD_DROPOUT,
+    GateTiles,
+    Tiles,
+    register_limit,
+)
 from momkd.kernels.segment_pool import combine, pool_backward
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
@@ -35,7 +47,11 @@ from momkd.reference.philox import keep_scale, keep_threshold
 WORKSPACE = 32 << 20  # bytes of gate gradients held at once in backward
 
 
-@triton.jit
+def _forward_operations(a: Any) -> float:
+    return 2 * a.x.shape[0] * ((1 + a.GATED) * a.L * a.D + a.HEADS * (a.D + a.L))
+
+
+@triton.jit(launch_metadata=work("x", _forward_operations))
 def gated_attention_pool_fwd_kernel(
     x,
     x_stride,
@@ -65,6 +81,7 @@ def gated_attention_pool_fwd_kernel(
     BLOCK: tl.constexpr,
     GATE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     _, first, end = locate_tile(offsets, bags, BLOCK)
@@ -96,6 +113,7 @@ def gated_attention_pool_fwd_kernel(
             BLOCK,
             GATE,
             COLUMNS,
+            ALIGN,
             PRECISION,
         )
         if DROPOUT:
@@ -113,10 +131,23 @@ def gated_attention_pool_fwd_kernel(
     both = inside[:, None] & (heads < HEADS)[None, :]
     tl.store(scores + rows[:, None] * HEADS + heads[None, :], s, both)
     s = tl.where(both, s, -INF)
-    pool_tile(s, x, x_stride, first, end, partial, partial_stats, L, HEADS, HEADS_PADDED, BLOCK, COLUMNS, PRECISION)
+    pool_tile(
+        *(s, x, x_stride, first, end, partial, partial_stats, L),
+        *(HEADS, HEADS_PADDED, BLOCK, COLUMNS, ALIGN, PRECISION),
+    )
 
 
-@triton.jit
+def _gradient_operations(a: Any) -> float:
+    return 2 * (a.end_row - a.first_row) * a.D * ((1 + a.GATED) * a.L + 2 * a.HEADS)
+
+
+def _gradient_passes(a: Any) -> dict[str, float]:
+    """Of x, the gradients of scores and those of the gate, a chunk of rows."""
+    rows = a.end_row - a.first_row
+    return {name: rows / getattr(a, name).shape[0] for name in ("x", "d_scores", "d_gate")}
+
+
+@triton.jit(launch_metadata=work("x", _gradient_operations, _gradient_passes))
 def gate_gradient_kernel(
     x,
     x_stride,
@@ -145,6 +176,7 @@ def gate_gradient_kernel(
     BLOCK: tl.constexpr,
     GATE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     BRANCHES: tl.constexpr = 2 if GATED else 1
@@ -176,6 +208,7 @@ def gate_gradient_kernel(
         BLOCK,
         GATE,
         COLUMNS,
+        ALIGN,
         PRECISION,
     )
     slope_tanh = 1 - hidden * hidden
@@ -219,15 +252,39 @@ def gated_attention_pool(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, L), offsets (B+1,) -> pooled (B, H, L) in the dtype of x, scores (N, H) before softmax, stats (B, H, 2)."""
-    x = rows_of(x)
+    x, seed = rows_of(x), seed if dropout_p > 0 else None
+    table = GATE_FORWARD if seed is None else GATE_FORWARD_DROPOUT
+    arguments = gate_arguments(x, parameters, seed)
+    run = partial(_forward, x, offsets, parameters, dropout_p, arguments)
+    return run(table.choose(_named("gated_attention_pool", arguments), x, *_sizes(x, parameters), run=run))
+
+
+def _sizes(x: Tensor, parameters: GateParameters) -> tuple[int, int, int, int]:
+    """What tiles are fitted to."""
+    heads, hidden = parameters.w_a.shape
+    return x.shape[1], heads, alignment(x), hidden
+
+
+def _named(op: str, arguments: GateArguments) -> str:
+    """The op with the switches that make other kernels of it."""
+    _, flags = arguments
+    return " ".join([op, *(name.lower() for name in ("GATED", "DROPOUT") if flags[name])])
+
+
+def _forward(
+    x: Tensor,
+    offsets: Tensor,
+    parameters: GateParameters,
+    dropout_p: float,
+    arguments: GateArguments,
+    tiles: GateTiles,
+) -> tuple[Tensor, Tensor, Tensor]:
     bags, (rows, width), (heads, hidden) = offsets.shape[0] - 1, x.shape, parameters.w_a.shape
-    seed = seed if dropout_p > 0 else None
-    tensors, flags = gate_arguments(x, parameters, seed)
-    tiles = (GATE_FORWARD if seed is None else GATE_FORWARD_DROPOUT).choose(hidden, width, heads, x.dtype)
+    tensors, flags = arguments
     programs = tile_programs(rows, bags, tiles.rows)
     scores = x.new_empty(rows, heads, dtype=torch.float32)
-    partial = x.new_empty(programs, heads, width, dtype=torch.float32)
-    partial_stats = x.new_empty(programs, heads, 2, dtype=torch.float32)
+    parts = x.new_empty(programs, heads, width, dtype=torch.float32)
+    part_stats = x.new_empty(programs, heads, 2, dtype=torch.float32)
     launch(
         gated_attention_pool_fwd_kernel,
         (programs,),
@@ -237,8 +294,8 @@ def gated_attention_pool(
         bags,
         *tensors,
         scores,
-        partial,
-        partial_stats,
+        parts,
+        part_stats,
         width,
         hidden,
         keep_threshold(dropout_p),
@@ -249,12 +306,14 @@ def gated_attention_pool(
         BLOCK=tiles.rows,
         GATE=tiles.gate,
         COLUMNS=tiles.columns,
+        ALIGN=alignment(x),
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **register_limit(x.device),
         **flags,
     )
-    pooled, stats = combine(partial, partial_stats, offsets, x, Tiles(tiles.rows, tiles.columns))
+    pooled, stats = combine(parts, part_stats, offsets, x, Tiles(tiles.rows, tiles.columns))
     return pooled, scores, stats
 
 
@@ -280,7 +339,10 @@ def gated_attention_pool_backward(
     w_v, b_v, w_u, b_u, w_a, b_a = parameters
     d_x = x.new_empty(x.shape) if needs[0] else None
     d_weight = x.new_zeros(1 if w_u is None else 2, *w_v.shape, dtype=torch.float32) if needs[1] or needs[3] else None
-    d_bias, d_head = _gate_gradients(x, d_scores, parameters, dropout_p, seed, d_x, d_weight)
+    arguments = gate_arguments(x, parameters, seed if dropout_p > 0 else None)
+    run = partial(_gate_gradients, x, d_scores, parameters, dropout_p, arguments)
+    tiles = GATE_BACKWARD.choose(_named("gate_gradient", arguments), x, *_sizes(x, parameters), run=run)
+    d_bias, d_head = run(tiles, d_x, d_weight)
     if d_x is not None:
         pool_backward(grad_pooled, x, scores, stats, offsets, pooled, (True, False), add_to=d_x)
     last = 0 if w_u is None else 1
@@ -300,21 +362,20 @@ def _gate_gradients(
     d_scores: Tensor,
     parameters: GateParameters,
     dropout_p: float,
-    seed: Tensor | None,
-    d_x: Tensor | None,
-    d_weight: Tensor | None,
+    arguments: GateArguments,
+    tiles: GateTiles,
+    d_x: Tensor | None = None,
+    d_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write the gate's part of d_x (N, L) and add to d_weight (branches, D, L).
 
     Returns d_bias (branches, D) and d_head (H, D).
     """
     (rows, width), (heads, hidden) = x.shape, parameters.w_a.shape
-    seed = seed if dropout_p > 0 else None
-    tensors, flags = gate_arguments(x, parameters, seed)
+    tensors, flags = arguments
     w_v, b_v, w_u, b_u, w_a, _, seed_or_other = tensors
     branches = 2 if flags["GATED"] else 1
     both = torch.cat([w_v, w_u]) if branches == 2 else w_v  # (branches · D, L)
-    tiles = GATE_BACKWARD.choose(hidden, width, heads, x.dtype)
     most = max(1, WORKSPACE // (branches * hidden * x.element_size() * tiles.rows)) * tiles.rows
     d_gate = x.new_empty(min(most, rows), branches * hidden)
     d_bias = x.new_zeros(branches * hidden, dtype=torch.float32)
@@ -350,9 +411,11 @@ def _gate_gradients(
             BLOCK=tiles.rows,
             GATE=tiles.gate,
             COLUMNS=tiles.columns,
+            ALIGN=alignment(x),
             PRECISION=precision(x.dtype),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **register_limit(x.device),
             **flags,
         )
         d_bias += part_bias.sum(0)

@@ -8,6 +8,7 @@ kernel goes to z, by the cosines with the nearest slots, and to the temperature.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from momkd.kernels._common import (
     INF,
+    alignment,
     launch,
     locate_tile,
     padded_heads,
@@ -24,8 +26,18 @@ from momkd.kernels._common import (
     precision,
     rows_of,
     tile_programs,
+    work,
 )
-from momkd.kernels._slots import Bank, class_similarities, nearest_backward, nearest_cosines, tile_rows, unit_bank
+from momkd.kernels._slots import (
+    Bank,
+    class_similarities,
+    comparisons,
+    nearest_backward,
+    nearest_comparisons,
+    nearest_cosines,
+    tile_rows,
+    with_bank,
+)
 from momkd.kernels._tuning import POOL
 from momkd.kernels.segment_pool import combine, pool_backward
 
@@ -54,7 +66,11 @@ def class_margins(s, C, PER_CLASS: tl.constexpr, CLASSES: tl.constexpr):
         return tl.sum(tl.where(classes == 1, s, -s), 1)[:, None]
 
 
-@triton.jit
+def _forward_operations(a: Any) -> float:
+    return comparisons(1)(a) + 2 * a.values.numel() * a.HEADS
+
+
+@triton.jit(launch_metadata=work("z", _forward_operations))
 def memory_guided_pool_fwd_kernel(
     z,
     z_stride,
@@ -80,7 +96,9 @@ def memory_guided_pool_fwd_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr,
+    VALUE_ALIGN: tl.constexpr,
     VALUE_PRECISION: tl.constexpr,
 ):
     _, first, end = locate_tile(offsets, bags, BLOCK)
@@ -89,7 +107,7 @@ def memory_guided_pool_fwd_kernel(
     rows, inside = tile_rows(first, end, BLOCK)
     s, slots = class_similarities(
         *(z, z_stride, rows, bank, C, K, S, 1.0),
-        *(False, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
+        *(False, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION),
     )
     classes = tl.arange(0, CLASSES)
     tl.store(nearest + rows[:, None] * C + classes[None, :], slots, inside[:, None] & (classes < C)[None, :])
@@ -101,11 +119,11 @@ def memory_guided_pool_fwd_kernel(
     tl.store(scores + rows[:, None] * HEADS + heads[None, :], score, both)
     pool_tile(
         *(score, values, value_stride, first, end, partial, partial_stats, L),
-        *(HEADS, HEADS_PADDED, BLOCK, VALUE_COLUMNS, VALUE_PRECISION),
+        *(HEADS, HEADS_PADDED, BLOCK, VALUE_COLUMNS, VALUE_ALIGN, VALUE_PRECISION),
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("scores", lambda _: 0, lambda _: {"scores": 2}))
 def attention_kernel(
     scores,  # (N, H) float32, turned into attention in place
     stats,  # (B, H, 2) float32
@@ -129,7 +147,7 @@ def attention_kernel(
     tl.store(here, weights, both)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", nearest_comparisons))
 def memory_guided_pool_bwd_kernel(
     d_scores,  # (N, H) float32
     z,
@@ -149,10 +167,11 @@ def memory_guided_pool_bwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     tile = tl.program_id(0)
     rows, inside = tile_rows(tile.to(tl.int64) * BLOCK, N, BLOCK)
-    s, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS)
+    s, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN)
     classes = tl.arange(0, CLASSES)[None, :]
     if PER_CLASS:
         both = inside[:, None] & (classes < C)
@@ -174,7 +193,7 @@ def memory_guided_pool_bwd_kernel(
             d = tl.where(classes == 1, d, -d)
         nearest_backward(
             *(d, s, norm, z, z_stride, rows, inside, bank, nearest, d_z, C, K, S),
-            *(CLASSES, SLOTS, BLOCK, COLUMNS),
+            *(CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN),
         )
 
 
@@ -186,29 +205,36 @@ def memory_guided_pool(
     pooled (B, H, L) in the dtype of values, attention (N, H) float32, slots (N, C) int32.
     """
     z, values = rows_of(z), rows_of(values)
-    bank, (rows, width), bags = unit_bank(memory, z.dtype), values.shape, offsets.shape[0] - 1
-    classes = bank.sizes[0]
-    heads = classes if per_class else 1
-    tiles = POOL.choose(width, values.dtype)._replace(rows=bank.tiles.rows)
+    op = f"memory_guided_pool {'per_class ' * per_class}{values.shape[1]} {values.dtype}"
+    return with_bank(op, memory, z, partial(_forward, z, values, offsets, temperature, per_class))
+
+
+def _forward(
+    z: Tensor, values: Tensor, offsets: Tensor, temperature: Tensor, per_class: bool, bank: Bank
+) -> tuple[Tensor, Tensor, Tensor]:
+    (rows, width), bags, classes = values.shape, offsets.shape[0] - 1, bank.sizes[0]
+    heads, align = classes if per_class else 1, alignment(values)
+    tiles = POOL.fitted(values, width, heads, align)[0]._replace(rows=bank.tiles.rows)
     programs = tile_programs(rows, bags, tiles.rows)
     attention = z.new_empty(rows, heads, dtype=torch.float32)
     slots = z.new_empty(rows, classes, dtype=torch.int32)
-    partial = z.new_empty(programs, heads, width, dtype=torch.float32)
-    partial_stats = z.new_empty(programs, heads, 2, dtype=torch.float32)
+    parts = z.new_empty(programs, heads, width, dtype=torch.float32)
+    part_stats = z.new_empty(programs, heads, 2, dtype=torch.float32)
     launch(
         memory_guided_pool_fwd_kernel,
         (programs,),
         *(z, z.stride(0), values, values.stride(0), bank.unit, offsets, bags, temperature),
-        *(attention, slots, partial, partial_stats, *bank.sizes, width),
+        *(attention, slots, parts, part_stats, *bank.sizes, width),
         PER_CLASS=per_class,
         HEADS=heads,
         HEADS_PADDED=padded_heads(heads),
         PRECISION=bank.precision,
         VALUE_COLUMNS=tiles.columns,
+        VALUE_ALIGN=align,
         VALUE_PRECISION=precision(values.dtype),
         **_meta(bank, per_class),
     )
-    pooled, stats = combine(partial, partial_stats, offsets, values, tiles)
+    pooled, stats = combine(parts, part_stats, offsets, values, tiles)
     launch(
         attention_kernel,
         (programs,),
@@ -238,23 +264,32 @@ def memory_guided_pool_backward(
     d_values, d_scores = pool_backward(grad, rows_of(values), attention, None, offsets, pooled, asked)
     if d_scores is None:
         return None, d_values, None
-    z, bank = rows_of(z), unit_bank(memory, z.dtype)
+    z = rows_of(z)
+    run = partial(_rows_backward, d_scores, z, temperature, per_class, slots, needs[0])
+    d_z, by_tile = with_bank("memory_guided_pool_backward" + " per_class" * per_class, memory, z, run)
+    d_temperature = None
+    if needs[2]:
+        d_temperature = (-by_tile.sum() / temperature.float() ** 2).to(temperature.dtype)
+    return d_z, d_values, d_temperature
+
+
+def _rows_backward(
+    d_scores: Tensor, z: Tensor, temperature: Tensor, per_class: bool, slots: Tensor, need_z: bool, bank: Bank
+) -> tuple[Tensor | None, Tensor]:
+    """d_z (N, S), and of each tile the sum of d_score · margin."""
     programs = triton.cdiv(z.shape[0], bank.tiles.rows)
-    partial = d_scores.new_empty(programs)
-    d_z = z.new_empty(z.shape) if needs[0] else None
+    by_tile = d_scores.new_empty(programs)
+    d_z = z.new_empty(z.shape) if need_z else None
     launch(
         memory_guided_pool_bwd_kernel,
         (programs,),
-        *(d_scores, z, z.stride(0), bank.unit, slots, temperature, z if d_z is None else d_z, partial),
+        *(d_scores, z, z.stride(0), bank.unit, slots, temperature, z if d_z is None else d_z, by_tile),
         *(z.shape[0], *bank.sizes),
         PER_CLASS=per_class,
-        NEED_Z=needs[0],
+        NEED_Z=need_z,
         **_meta(bank, per_class),
     )
-    d_temperature = None
-    if needs[2]:
-        d_temperature = (-partial.sum() / temperature.float() ** 2).to(temperature.dtype)
-    return d_z, d_values, d_temperature
+    return d_z, by_tile
 
 
 def _meta(bank: Bank, per_class: bool) -> dict[str, Any]:

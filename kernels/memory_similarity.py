@@ -9,32 +9,36 @@ dM_ck = Σ_i g_ic p_ick u_i: sums over some tiles of rows, then the sum of these
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import launch, product, rows_of
+from momkd.kernels._common import launch, product, rows_of, work
 from momkd.kernels._slots import (
     Bank,
     bank_columns,
     class_similarities,
+    comparisons,
     nearest_backward,
+    nearest_comparisons,
     nearest_cosines,
     row_columns,
     row_norms,
     slot_cosines,
     store_row_gradient,
     tile_rows,
-    unit_bank,
     unit_bank_backward,
+    with_bank,
 )
 
 _PARTS = 64  # sums of the memory's gradient before the last one, at most
 _PARTIAL_NUMBERS = 1 << 24  # and numbers in them
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def memory_similarity_fwd_kernel(
     z,
     z_stride,
@@ -51,12 +55,13 @@ def memory_similarity_fwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, slots = class_similarities(
         *(z, z_stride, rows, bank, C, K, S, tau),
-        *(LSE, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
+        *(LSE, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION),
     )
     classes = tl.arange(0, CLASSES)
     at = rows[:, None] * C + classes[None, :]
@@ -65,7 +70,7 @@ def memory_similarity_fwd_kernel(
     tl.store(nearest + at, slots, both)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", nearest_comparisons))
 def max_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -81,18 +86,19 @@ def max_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     classes = tl.arange(0, CLASSES)
     g = tl.load(grad + rows[:, None] * C + classes[None, :], inside[:, None] & (classes < C)[None, :], 0.0)
-    cosines, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS)
+    cosines, norm = nearest_cosines(z, z_stride, rows, bank, nearest, C, K, S, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN)
     nearest_backward(
         *(g, cosines, norm, z, z_stride, rows, inside, bank, nearest, d_z, C, K, S),
-        *(CLASSES, SLOTS, BLOCK, COLUMNS),
+        *(CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN),
     )
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(2)))
 def lse_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -109,13 +115,14 @@ def lse_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns a tile of rows and a chunk of columns of d_z."""
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     start = tl.program_id(1) * COLUMNS
-    first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
-    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
+    first = row_columns(z, z_stride, rows, 0, S, COLUMNS, ALIGN)
+    norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, ALIGN)
     d_unit = tl.zeros([BLOCK, COLUMNS], tl.float32)
     radial = tl.zeros([BLOCK], tl.float32)
     live = tl.zeros([BLOCK], tl.int32)
@@ -126,16 +133,20 @@ def lse_backward_kernel(
         for block in range(0, K, SLOTS):
             slots = block + tl.arange(0, SLOTS)
             cosines = slot_cosines(
-                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, PRECISION)
+                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION)
             )
             shares = tl.exp(tau * (cosines - s[:, None]))  # (BLOCK, SLOTS)
             radial += g * tl.sum(shares * tl.where((slots < K)[None, :], cosines, 0.0), 1)
             m = bank_columns(bank, c, slots, K, S, start, SLOTS, COLUMNS)
             d_unit += g[:, None] * product(shares.to(m.dtype), m, PRECISION)
-    store_row_gradient(d_unit, radial, live > 0, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS)
+    store_row_gradient(d_unit, radial, live > 0, norm, z, z_stride, rows, inside, start, d_z, S, COLUMNS, ALIGN)
 
 
-@triton.jit
+def _bank_operations(a: Any) -> float:
+    return comparisons(1 + a.LSE)(a)
+
+
+@triton.jit(launch_metadata=work("z", _bank_operations))
 def bank_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -154,6 +165,7 @@ def bank_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program owns every parts-th tile of rows, a block of slots of one class, and a chunk of columns."""
@@ -164,8 +176,8 @@ def bank_backward_kernel(
     summed = tl.zeros([SLOTS, COLUMNS], tl.float32)
     for tile in range(part, tl.cdiv(N, BLOCK), parts):
         rows, inside = tile_rows((part * 0 + tile).to(tl.int64) * BLOCK, N, BLOCK)
-        first = row_columns(z, z_stride, rows, 0, S, COLUMNS)
-        norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS)
+        first = row_columns(z, z_stride, rows, 0, S, COLUMNS, ALIGN)
+        norm = row_norms(first, z, z_stride, rows, S, BLOCK, COLUMNS, ALIGN)
         g = tl.load(grad + rows * C + c, inside, 0.0)
         # As shares of the largest gradient in the tile: small ones would vanish in float16.
         largest = tl.max(tl.abs(g), 0)
@@ -173,7 +185,7 @@ def bank_backward_kernel(
         scaled = (g / largest)[:, None]
         if LSE:
             cosines = slot_cosines(
-                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, PRECISION)
+                *(first, norm, z, z_stride, rows, bank, c, slots, K, S, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION)
             )
             s = tl.load(similarities + rows * C + c)
             shares = scaled * tl.exp(tau * (cosines - s[:, None]))
@@ -181,7 +193,7 @@ def bank_backward_kernel(
             slot = tl.load(nearest + rows * C + c)
             shares = tl.where(slot[:, None] == slots[None, :], scaled, 0.0)
         live = (g != 0)[:, None]
-        x = row_columns(z, z_stride, rows, start, S, COLUMNS)
+        x = row_columns(z, z_stride, rows, start, S, COLUMNS, ALIGN)
         unit = tl.where(live, x.to(tl.float32) / norm[:, None], 0.0)
         shares = tl.where(live, shares, 0.0)
         summed += largest * product(tl.trans(shares.to(x.dtype)), unit.to(x.dtype), PRECISION)
@@ -193,16 +205,20 @@ def bank_backward_kernel(
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str = "max", tau: float = 5.0) -> tuple[Tensor, Tensor]:
     """z (N, S), memory (C, K, S) -> similarities (N, C) float32, slots (N, C) int32."""
     z = rows_of(z)
-    return _similarity(z, unit_bank(memory, z.dtype), reduce, tau)
+    return with_bank("memory_similarity", memory, z, lambda bank: _similarity(z, bank, reduce, tau))
 
 
 def memory_similarity_backward(
     grad: Tensor, z: Tensor, memory: Tensor, reduce: str, tau: float, slots: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z and memory, each None where `needs` says so."""
-    z, bank = rows_of(z), unit_bank(memory, z.dtype)
-    similarities = _similarity(z, bank, reduce, tau)[0] if reduce == "lse" and any(needs) else None
-    return similarity_backward(grad.float(), z, memory, bank, tau, slots, similarities, needs)
+    z = rows_of(z)
+
+    def run(bank: Bank) -> tuple[Tensor | None, Tensor | None]:
+        similarities = _similarity(z, bank, reduce, tau)[0] if reduce == "lse" and any(needs) else None
+        return similarity_backward(grad.float(), z, memory, bank, tau, slots, similarities, needs)
+
+    return with_bank(f"memory_similarity_backward {reduce}", memory, z, run)
 
 
 def similarity_backward(

@@ -6,16 +6,33 @@ these to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − g_bh �
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, locate_tile, padded_heads, precision, product, spread, tile_programs
+from momkd.kernels._common import (
+    INF,
+    alignment,
+    launch,
+    locate_tile,
+    multiple,
+    padded_heads,
+    precision,
+    product,
+    row_pointers,
+    spread,
+    tile_programs,
+    work,
+)
 from momkd.kernels._tuning import POOL_BACKWARD, Tiles
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("partial", lambda a: 2 * a.partial.numel()))
 def combine_kernel(
     partial,  # (T, H, L) float32
     partial_stats,  # (T, H, 2) float32
@@ -27,7 +44,9 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    L = multiple(L, ALIGN)
     bag, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
     begin, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
     tiles = (end - begin + BLOCK - 1) // BLOCK
@@ -63,7 +82,15 @@ def combine_kernel(
         tl.store(stats + 2 * at + 1, total)
 
 
-@triton.jit
+def _backward_operations(a: Any) -> float:
+    return 2 * a.values.numel() * a.HEADS * (a.NEED_SCORES + a.NEED_VALUES)
+
+
+def _backward_passes(a: Any) -> dict[str, float]:
+    return {"values": a.NEED_SCORES, "d_values": a.NEED_VALUES + a.ADD_VALUES, "d_scores": a.NEED_SCORES}
+
+
+@triton.jit(launch_metadata=work("values", _backward_operations, _backward_passes))
 def pool_backward_kernel(
     grad,  # (B, H, L)
     inner,  # (B, H) float32: g · out
@@ -84,11 +111,13 @@ def pool_backward_kernel(
     NEED_SCORES: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     bag, first, end = locate_tile(offsets, bags, BLOCK)
     if first >= end:
         return
+    L = multiple(L, ALIGN)
     heads = tl.arange(0, HEADS_PADDED)
     is_head = heads < HEADS
     rows = first + tl.arange(0, BLOCK)
@@ -110,7 +139,7 @@ def pool_backward_kernel(
         )  # (HP, C)
         there = inside[:, None] & (columns < L)[None, :]
         if NEED_SCORES:
-            x = tl.load(values + rows[:, None] * value_stride + columns[None, :], there, 0.0)
+            x = tl.load(row_pointers(values, rows, value_stride, columns, ALIGN), there, 0.0)
             if HEADS_PADDED == 1:
                 dots += tl.sum(x.to(tl.float32) * g.to(tl.float32), 1)[:, None]
             else:
@@ -126,19 +155,17 @@ def pool_backward_kernel(
         tl.store(d_scores + rows[:, None] * HEADS + heads[None, :], alpha * (dots - known[None, :]), both)
 
 
-def combine(
-    partial: Tensor, partial_stats: Tensor, offsets: Tensor, like: Tensor, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
+def combine(parts: Tensor, part_stats: Tensor, offsets: Tensor, like: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
     """Partials of tiles (T, H, L), (T, H, 2) -> pooled (B, H, L) in the dtype of `like`, stats (B, H, 2)."""
-    bags, (_, heads, width) = offsets.shape[0] - 1, partial.shape
-    pooled, stats = like.new_empty(bags, heads, width), partial.new_empty(bags, heads, 2)
+    bags, (_, heads, width) = offsets.shape[0] - 1, parts.shape
+    pooled, stats = like.new_empty(bags, heads, width), parts.new_empty(bags, heads, 2)
     columns = min(256, max(16, triton.next_power_of_2(width)))
     grid = (bags, triton.cdiv(width, columns), heads)
     launch(
         combine_kernel,
         grid,
-        partial,
-        partial_stats,
+        parts,
+        part_stats,
         offsets,
         pooled,
         stats,
@@ -147,6 +174,7 @@ def combine(
         BLOCK=tiles.rows,
         TILES=16,
         COLUMNS=columns,
+        ALIGN=math.gcd(16, width),
     )
     return pooled, stats
 
@@ -167,12 +195,29 @@ def pool_backward(
     `weights` are scores (N, H) with the `stats` of their softmax, or, with None for these, the weights α themselves.
     `add_to` (N, L): the gradient of the values is added to it in place.
     """
-    bags, (rows, heads), width = offsets.shape[0] - 1, weights.shape, values.shape[1]
-    grad = grad.contiguous()
+    grad, weights = grad.contiguous(), weights.contiguous()
     inner = (grad.float() * pooled.float()).sum(2)  # (B, H)
+    run = partial(_pool_backward, grad, inner, values, weights, stats, offsets, needs)
+    sizes = values.shape[1], weights.shape[1], alignment(values)
+    # What the gradient asks for is part of the op: each is another kernel. Tried out, nothing is added to.
+    op = f"pool_backward {'values ' * needs[0]}{'scores ' * needs[1]}".strip()
+    return run(POOL_BACKWARD.choose(op, values, *sizes, run=run), add_to)
+
+
+def _pool_backward(
+    grad: Tensor,
+    inner: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    stats: Tensor | None,
+    offsets: Tensor,
+    needs: tuple[bool, bool],
+    tiles: Tiles,
+    add_to: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    bags, (rows, heads), width = offsets.shape[0] - 1, weights.shape, values.shape[1]
     d_values = add_to if add_to is not None else values.new_empty(rows, width) if needs[0] else None
     d_scores = weights.new_empty(rows, heads, dtype=torch.float32) if needs[1] else None
-    tiles = POOL_BACKWARD.choose(width, values.dtype)
     launch(
         pool_backward_kernel,
         (tile_programs(rows, bags, tiles.rows),),
@@ -180,7 +225,7 @@ def pool_backward(
         inner,
         values,
         values.stride(0),
-        weights.contiguous(),
+        weights,
         inner if stats is None else stats,
         offsets,
         bags,
@@ -195,6 +240,7 @@ def pool_backward(
         NEED_SCORES=d_scores is not None,
         BLOCK=tiles.rows,
         COLUMNS=tiles.columns,
+        ALIGN=alignment(values),
         PRECISION=precision(values.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, rows_of
-from momkd.kernels._slots import Bank, class_similarities, tile_rows, unit_bank
+from momkd.kernels._common import INF, launch, rows_of, work
+from momkd.kernels._slots import Bank, class_similarities, comparisons, tile_rows, with_bank
 from momkd.kernels.memory_similarity import similarity_backward
 
 
@@ -40,7 +40,7 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + small
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_fwd_kernel(
     z,
     z_stride,
@@ -58,19 +58,20 @@ def soft_angle_loss_fwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, _ = class_similarities(
         *(z, z_stride, rows, bank, C, K, S, tau),
-        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
+        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION),
     )
     label = tl.load(labels + rows)
     gap, _ = class_gap(s, label, C, CLASSES)
     tl.store(losses + rows, tl.where(label >= 0, softplus(beta * (margin - gap)), 0.0), inside)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_bwd_kernel(
     grad,  # (N,)
     z,
@@ -91,12 +92,13 @@ def soft_angle_loss_bwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     rows, inside = tile_rows(tl.program_id(0).to(tl.int64) * BLOCK, N, BLOCK)
     s, slots = class_similarities(
         *(z, z_stride, rows, bank, C, K, S, tau),
-        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, PRECISION),
+        *(True, CLASSES, SLOTS, BLOCK, COLUMNS, ALIGN, PRECISION),
     )
     label = tl.load(labels + rows)
     gap, rival = class_gap(s, label, C, CLASSES)
@@ -114,11 +116,15 @@ def soft_angle_loss_bwd_kernel(
 
 def soft_angle_loss(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float) -> Tensor:
     """z (B, S), memory (C, K, S), labels (B,) int64 -> losses (B,) float32."""
-    z, bank = rows_of(z), unit_bank(memory, z.dtype)
-    losses = z.new_empty(z.shape[0], dtype=torch.float32)
-    arguments = z, z.stride(0), bank.unit, labels.contiguous(), losses
-    _launch(soft_angle_loss_fwd_kernel, bank, z.shape[0], arguments, (margin, tau, beta))
-    return losses
+    z = rows_of(z)
+
+    def run(bank: Bank) -> Tensor:
+        losses = z.new_empty(z.shape[0], dtype=torch.float32)
+        arguments = z, z.stride(0), bank.unit, labels.contiguous(), losses
+        _launch(soft_angle_loss_fwd_kernel, bank, z.shape[0], arguments, (margin, tau, beta))
+        return losses
+
+    return with_bank("soft_angle_loss", memory, z, run)
 
 
 def soft_angle_loss_backward(
@@ -132,13 +138,17 @@ def soft_angle_loss_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z and memory from the gradient (B,) of the losses; None where `needs` says so."""
-    z, bank = rows_of(z), unit_bank(memory, z.dtype)
-    shape = (z.shape[0], memory.shape[0])
-    s, d = (z.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    slots = z.new_empty(shape, dtype=torch.int32)
-    arguments = grad.contiguous(), z, z.stride(0), bank.unit, labels.contiguous(), s, slots, d
-    _launch(soft_angle_loss_bwd_kernel, bank, z.shape[0], arguments, (margin, tau, beta))
-    return similarity_backward(d, z, memory, bank, tau, slots, s, needs)
+    z = rows_of(z)
+
+    def run(bank: Bank) -> tuple[Tensor | None, Tensor | None]:
+        shape = (z.shape[0], memory.shape[0])
+        s, d = (z.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        slots = z.new_empty(shape, dtype=torch.int32)
+        arguments = grad.contiguous(), z, z.stride(0), bank.unit, labels.contiguous(), s, slots, d
+        _launch(soft_angle_loss_bwd_kernel, bank, z.shape[0], arguments, (margin, tau, beta))
+        return similarity_backward(d, z, memory, bank, tau, slots, s, needs)
+
+    return with_bank("soft_angle_loss_backward", memory, z, run)
 
 
 def _launch(

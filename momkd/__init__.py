@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from momkd.bags import Bags
 from momkd.doctor import doctor  # at once: a lazy one would give way to the module of its name after first use
+from momkd.gpu import tune
 
 if TYPE_CHECKING:
     from momkd import compat, functional, graph, models, nn, ops, reference
@@ -15,7 +16,7 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Bags", "compat", "doctor", "functional", "graph", "models", "nn", "ops", "reference"]
+__all__ = ["Bags", "compat", "doctor", "functional", "graph", "models", "nn", "ops", "reference", "tune"]
 
 _SUBMODULES = {"compat", "functional", "graph", "models", "nn", "ops", "reference"}
 

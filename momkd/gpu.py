@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -27,8 +30,32 @@ def _memory_sizes(memory: Tensor | None = None) -> str:
     return ""
 
 
+# Heads go into one tile; the weights of the gate are addressed in 32 bits.
+_GATE_SIZES = (("heads", 16), ("hidden features", 32_768), ("features", 65_535))
+_MOST_HEADS = 32
+
+
+def _gate_sizes(x: Tensor | None = None, _: Any = None, w_v: Any = None, __: Any = None, w_a: Any = None) -> str:
+    """Why the kernels don't take this gate; empty if they do."""
+    if x is None or w_v is None or w_a is None:
+        return ""
+    for size, (what, most) in zip((w_a.shape[0], w_v.shape[0], x.shape[1]), _GATE_SIZES, strict=True):
+        if not 1 <= size <= most:
+            return f"takes 1 to {most} {what}, got {size}"
+    return ""
+
+
+def _score_heads(_: Any = None, scores: Tensor | None = None) -> str:
+    """Why the kernels don't take scores (N, H); empty if they do."""
+    if scores is None or scores.ndim != 2 or 1 <= scores.shape[1] <= _MOST_HEADS:
+        return ""
+    return f"takes 1 to {_MOST_HEADS} heads, got {scores.shape[1]}"
+
+
 # What an op cannot take: from its tensors, in the order in which it gives them to dispatch, to a reason or nothing.
 _LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
+    "gated_attention_pool": lambda args: _gate_sizes(*args[:5]),
+    "attention_pool": lambda args: _score_heads(*args[:2]),
     "memory_similarity": lambda args: _memory_sizes(*args[1:2]),
     "memory_guided_pool": lambda args: _memory_sizes(*args[2:3]),
     "soft_angle_loss": lambda args: _memory_sizes(*args[1:2]),
@@ -45,8 +72,51 @@ def triton() -> tuple[Any, str]:
 
 
 def kernels(name: str) -> Any:
-    """The module `momkd.kernels.<name>`."""
+    """The module `momkd.kernels.<name>`, told where tuned tiles are kept and whether to tune."""
+    store = importlib.import_module("momkd.kernels._tuning").STORE
+    store.configure(env.cache_folder(), seconds if _asked or env.tuning_asked() else None)
     return importlib.import_module(f"momkd.kernels.{name}")
+
+
+_asked: list[str] = []  # one entry for each `tune` that is open
+
+
+@contextmanager
+def tune() -> Iterator[None]:
+    """Inside, each Triton kernel that meets a new shape times a few ways to cut its work and keeps the quickest.
+
+    A choice holds for the device, the version of Triton, the type, the widths, and the number of rows up to the next
+    power of two. It is kept in ~/.cache/momkd (MOMKD_CACHE_DIR names another folder) and taken from then on, in later
+    processes too; without any, the default is taken. Run one training step inside, forward and backward. Other tiles
+    round in another order: results agree within tolerance, not bit for bit. MOMKD_TUNE=1 does this in a whole process.
+
+    Example:
+        >>> pool = momkd.nn.GatedAttentionPool(in_features=8, hidden_features=4)
+        >>> with momkd.tune():
+        ...     pool(momkd.Bags.from_list([torch.randn(5, 8)])).sum().backward()
+    """
+    _asked.append("tune")
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of a call, after one that compiles it."""
+    times = []
+    for _ in range(repeats + 1):
+        _wait()
+        began = time.perf_counter()
+        call()
+        _wait()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
@@ -57,6 +127,8 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
         if wanted == "cpu":
             return False, f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {other[0]}"
         return False, f"runs on a GPU, the tensors are on {other[0]}"
+    if apart := [t.device for t in tensors if t.device != tensors[0].device]:
+        return False, f"takes tensors of one device, got {tensors[0].device} and {apart[0]}"
     if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES]:
         return False, f"takes float16, bfloat16 and float32, got {str(bad[0]).removeprefix('torch.')}"
     if op in _LIMITS and (reason := _LIMITS[op](args)):

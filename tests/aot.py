@@ -43,6 +43,7 @@ class Chip(NamedTuple):
 
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 163 * 1024),
+    "sm_89": Chip("cuda", 89, 32, 99 * 1024),
     "sm_90": Chip("cuda", 90, 32, 227 * 1024),
     "sm_100": Chip("cuda", 100, 32, 227 * 1024),
     "gfx942": Chip("hip", "gfx942", 64, 64 * 1024),
@@ -127,22 +128,22 @@ def _cuobjdump() -> str:
 
 
 @contextmanager
-def _recording(backend: str) -> Iterator[list[Launch]]:
-    """Every launcher records what it would start on chips of this backend (cuda or hip), and starts nothing."""
+def _recording(arch: str, candidate: int) -> Iterator[list[Launch]]:
+    """Every launcher records what it would start on this chip with this candidate of its tiles, and starts nothing."""
     from momkd.kernels import _common, _tuning
 
-    original, launches, here = _common.launch, list[Launch](), _tuning.PLATFORM
+    original, launches = _common.launch, list[Launch]()
 
     def record(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **meta: Any):
         if 0 not in grid:
             launches.append(Launch(kernel, args, {"num_warps": num_warps, "num_stages": num_stages, **meta}))
 
     _replace_launch(original, record)
-    _tuning.PLATFORM = backend
+    _tuning.CHIP, _tuning.CANDIDATE = arch, candidate
     try:
         yield launches
     finally:
-        _tuning.PLATFORM = here
+        _tuning.CHIP = _tuning.CANDIDATE = None
         _replace_launch(record, original)
 
 
@@ -152,10 +153,10 @@ def _replace_launch(old: Callable[..., None], new: Callable[..., None]) -> None:
             module.launch = new
 
 
-def record(case: Case, backend: str) -> list[Launch]:
+def record(case: Case, arch: str, candidate: int = 0) -> list[Launch]:
     """The kernels that the case would start, in order."""
     module = gpu.kernels(case.op)
-    with _recording(backend) as launches:
+    with _recording(arch, candidate) as launches:
         start(module, case)
     if not launches:
         raise RuntimeError(f"{case}: nothing was started through momkd.kernels._common.launch")
@@ -265,20 +266,24 @@ def compile_job(job: Job) -> Report:
     return report
 
 
-def compile_all(cases: Sequence[Case], archs: Sequence[str], show_progress: bool = False) -> list[Report]:
-    """The reports of all distinct compilations, in the order of the cases. Triton lets go of the GIL where it works."""
+def compile_all(
+    cases: Sequence[Case], archs: Sequence[str], show_progress: bool = False, candidates: int = 1
+) -> list[Report]:
+    """The reports of all distinct compilations with the first `candidates` of the tiles, in the order of the cases.
+
+    Triton lets go of the GIL where it works."""
     jobs: list[Job] = []
     broken: list[Report] = []
-    for backend in dict.fromkeys(CHIPS[arch].backend for arch in archs):
-        chips = [arch for arch in archs if CHIPS[arch].backend == backend]
+    for arch in archs:
         launches: list[tuple[Case, Launch]] = []
         for case in cases:
             try:
-                launches += [(case, launch) for launch in record(case, backend)]
+                for candidate in range(candidates):
+                    launches += [(case, launch) for launch in record(case, arch, candidate)]
             except Exception as error:
                 why = f"the launcher raised {type(error).__name__}: {error}"
-                broken += [Report("", f"{case}", arch, 0, 0, cases=(case,), error=why) for arch in chips]
-        jobs += distinct(launches, chips)
+                broken.append(Report("", f"{case}", arch, 0, 0, cases=(case,), error=why))
+        jobs += distinct(launches, [arch])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         futures = [pool.submit(compile_job, job) for job in jobs]
         done: Iterable[Any] = as_completed(futures)
@@ -317,7 +322,7 @@ def _read_cubin(cubin: bytes, report: Report) -> None:
         command = [_cuobjdump(), "--dump-resource-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(value) for name, value in _RESOURCES.findall(text)}
-    reserved = _RESERVED_SHARED if report.arch != "sm_80" else 0
+    reserved = _RESERVED_SHARED if report.arch not in ("sm_80", "sm_89") else 0
     report.registers = usage["REG"]
     report.shared += max(0, usage["SHARED"] - reserved)
     report.stack = usage["STACK"] + usage["LOCAL"]
@@ -394,6 +399,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def main(
     arch: Annotated[list[str] | None, typer.Option("--arch", help=f"{', '.join(CHIPS)}; may be repeated.")] = None,
     op: Annotated[list[str] | None, typer.Option("--op", help=f"{', '.join(OPS)}; may be repeated.")] = None,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="So many tiles an op, the default first.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was read there.")] = None,
 ) -> None:
     """Compile all kernels for these architectures and show what they became. Exit 1 where one could not run."""
@@ -407,7 +413,7 @@ def main(
     cases, missing = present([case for case in CASES if case.op in ops])
     for name in missing:
         errors.print(f"{name}: skipped, there is no momkd.kernels.{name}", markup=False)
-    reports = compile_all(cases, archs, show_progress=True)
+    reports = compile_all(cases, archs, show_progress=True, candidates=candidates)
     out = Console()
     Console(width=None if out.is_terminal else 180).print(table(reports))
     if json_file:

@@ -6,6 +6,7 @@ the error of plain torch in that precision, and a cosine of at least 0.999 for g
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import torch
@@ -52,3 +53,12 @@ def assert_half(got: Tensor, want: Tensor, plain: Tensor, name: str = "result") 
 def cosine(got: Tensor, want: Tensor) -> float:
     a, b = got.double().flatten(), want.double().flatten()
     return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300))
+
+
+def sparse(rows: int, gap: int, width: int) -> Tensor:
+    """(rows, width) float32, `gap` elements apart, in a file of holes that is deleted at once."""
+    with tempfile.NamedTemporaryFile() as file:
+        size = (rows - 1) * gap + width
+        file.truncate(size * 4)
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)
+    return flat.as_strided((rows, width), (gap, 1))

@@ -46,8 +46,9 @@ def op(request: pytest.FixtureRequest) -> str:
 
 
 @cache
-def compiled(op: str, arch: str, every: bool) -> tuple[Report, ...]:
-    return tuple(aot.compile_all([case for case in CASES if case.op == op and (every or case.default)], [arch]))
+def compiled(op: str, arch: str, every: bool, candidates: int = 1) -> tuple[Report, ...]:
+    cases = [case for case in CASES if case.op == op and (every or case.default)]
+    return tuple(aot.compile_all(cases, [arch], candidates=candidates))
 
 
 def name(report: Report) -> str:
@@ -98,8 +99,25 @@ def test_compiles_and_fits(op: str, arch: str, every: bool) -> None:
 
 
 @pytest.mark.parametrize("every", SOME_OR_ALL)
-def test_nothing_spills(op: str, every: bool) -> None:
-    assert spilled(compiled(op, "sm_90", every)) == []
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_no_default_spills(op: str, arch: str, every: bool) -> None:
+    assert spilled(compiled(op, arch, every)) == []
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_no_candidate_of_tuning_spills_or_fails(op: str, every: bool) -> None:
+    reports = compiled(op, "sm_90", every, candidates=most_candidates())
+    assert len(reports) > len(compiled(op, "sm_90", every))
+    assert unfit(reports) == []
+    assert spilled(reports) == []
+
+
+def most_candidates() -> int:
+    from momkd.kernels import _tuning
+
+    tables = [table for table in vars(_tuning).values() if isinstance(table, _tuning.Candidates)]
+    assert len(tables) == 6
+    return max(len(given) for table in tables for given in table)
 
 
 @pytest.mark.parametrize("every", SOME_OR_ALL)
@@ -125,17 +143,43 @@ def test_rows_are_read_128_bits_at_a_time(op: str, every: bool) -> None:
     assert [trouble for r in reports if (trouble := narrow(r))] == []
 
 
+def widest(reports: Iterable[Report], kernel: str) -> int:
+    return min(max(r.loads) for r in reports if r.kernel == kernel)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(HALF, 64), (SINGLE, 128)])
+def test_rows_of_500_columns_are_read_four_at_a_time(dtype: torch.dtype, bits: int) -> None:
+    """500 is no multiple of 16, of which alone Triton knows, but one of 4."""
+    case = Case("attention_pool", dtype, {"L": 500, "H": 4})
+    for arch in ("sm_80", "sm_90"):
+        reports = aot.compile_all([case], [arch])
+        for kernel in STREAMS["attention_pool"]:
+            assert widest(reports, kernel) >= bits
+            (r,) = (r for r in reports if r.kernel == kernel)
+            assert r.loads.get(16, 0) == 0
+            assert r.loads[bits] * bits * 32 * r.warps >= r.constants["BLOCK"] * r.constants["COLUMNS"] * 8
+
+
+def test_tf32_is_done_by_tensor_cores_and_ieee_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1})
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        reports = aot.compile_all([case], ["sm_90"])
+        for kernel in PRODUCTS["gated_attention_pool"]:
+            assert [bool(r.tensor) for r in reports if r.kernel == kernel] == [allowed]
+
+
 # --- what the tests above judge shows in kernels that are cut badly on purpose
 
 BAD = Case("attention_pool", HALF, {"L": 1024, "H": 4})
 
 
 def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from momkd.kernels._tuning import Choices, Tiles
+    from momkd.kernels._tuning import Candidates, Tiles
 
     tiles = Tiles(256, 256)
     for module, table in (("attention_pool", "POOL"), ("segment_pool", "POOL_BACKWARD")):
-        monkeypatch.setattr(gpu.kernels(module), table, Choices(half=tiles, single=tiles))
+        monkeypatch.setattr(gpu.kernels(module), table, Candidates(half=[tiles], single=[tiles]))
     reports = aot.compile_all([BAD], ["sm_90"])
     assert not any(r.error for r in reports)
     assert spilled(reports)
@@ -143,7 +187,7 @@ def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_warps_for_hgmma_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "cuda")]
+    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "sm_90")]
     monkeypatch.setattr(aot, "record", lambda *_: launches)
     assert off_tensor_cores(aot.compile_all([BAD], ["sm_90"]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,8 +95,8 @@ def test_the_best_that_can_run_is_taken() -> None:
     assert dispatch.choose("ema_scatter_", "torch", args) == "torch"
     assert dispatch.choose("ema_scatter_", None, (memory, z.double(), usage, row_class, None)) == "torch"
     assert dispatch.choose("ema_scatter_", None, (memory.to("meta"), z, usage, row_class, None)) == "torch"
-    assert dispatch.choose("attention_pool", None, (z, z)) == "native"
-    assert dispatch.choose("soft_angle_loss", None, (z, memory, row_class)) == "native"
+    assert dispatch.choose("attention_pool", None, (z, z)) == ("triton" if env.triton_interpreted() else "native")
+    assert dispatch.choose("attention_pool", None, (z.double(), z.double())) == "torch"
 
 
 @pytest.mark.usefixtures("extension")
@@ -206,3 +207,92 @@ def test_suggestions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOMKD_BACKEND", "torhc")
     with pytest.raises(ValueError, match=r"MOMKD_BACKEND: expected one of .*, got 'torhc'; did you mean 'torch'"):
         CALLS["soft_angle_loss"](None)
+
+
+# -- what the Triton kernels don't take --------------------------------------------------------------------------
+
+
+def gate(features: int = 4, hidden: int = 3, heads: int = 1) -> tuple[Tensor | None, ...]:
+    """What gated_attention_pool gives to dispatch; of no size in memory."""
+    shapes = (7, features), (3,), (hidden, features), (hidden, features), (heads, hidden)
+    return tuple(torch.zeros(1).expand(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"heads": 17}, "takes 1 to 16 heads, got 17"),
+        ({"heads": 0}, "takes 1 to 16 heads, got 0"),
+        ({"hidden": 32_769}, "takes 1 to 32768 hidden features, got 32769"),
+        ({"features": 65_536}, "takes 1 to 65535 features, got 65536"),
+        ({"features": 0}, "takes 1 to 65535 features, got 0"),
+    ],
+)
+def test_sizes_that_the_gate_kernels_do_not_take(
+    sizes: dict[str, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOMKD_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = gate(**sizes)
+    assert dispatch.can_run("gated_attention_pool", "triton", args) == (False, reason)
+    assert dispatch.choose("gated_attention_pool", None, args) in ("native", "torch")
+    with pytest.raises(BackendError, match=f"cannot run: {reason}; available here: .*torch"):
+        dispatch.choose("gated_attention_pool", "triton", args)
+
+
+def test_sizes_at_the_limits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.can_run("gated_attention_pool", "triton", gate(65_535, 32_768, 16))[0]
+    assert dispatch.can_run("attention_pool", "triton", (torch.zeros(2, 3), torch.zeros(2, 32)))[0]
+    assert dispatch.can_run("attention_pool", "triton", (torch.zeros(2, 3), torch.zeros(2, 33))) == (
+        False,
+        "takes 1 to 32 heads, got 33",
+    )
+
+
+@pytest.mark.parametrize("size", [17, 33])
+def test_more_heads_than_the_kernels_take_fall_to_the_next_backend(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOMKD_BACKEND", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, w, a = torch.randn(7, 4), torch.randn(3, 4), torch.randn(size, 3, requires_grad=True)
+
+    def pooled(backend: str | None) -> Tensor:
+        return F.gated_attention_pool(x, OFFSETS, w, None, w, None, a, None, backend=backend)
+
+    torch.testing.assert_close(pooled(None), pooled("torch"))
+    pooled(None).sum().backward()
+    assert a.grad is not None
+    if size == 33:
+        scores = torch.randn(7, size)
+        mine, plain = (F.attention_pool(x, scores, OFFSETS, backend=name) for name in (None, "torch"))
+        torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_tensors_elsewhere_or_apart_are_a_reason(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    on = [torch.device("cpu"), torch.device("meta"), torch.device("cuda:0"), torch.device("cuda:1")]
+    cpu, meta, first, second = (SimpleNamespace(device=device, is_floating_point=lambda: False) for device in on)
+
+    def reason(*args: object) -> str:
+        able, why = dispatch.can_run("attention_pool", "triton", args)  # type: ignore[arg-type]
+        assert not able
+        return why
+
+    if interpreted:
+        assert reason(meta) == reason(cpu, meta) == "TRITON_INTERPRET runs kernels on the CPU, the tensors are on meta"
+        assert reason(first).endswith("the tensors are on cuda:0")
+    else:
+        assert reason(cpu) == reason(first, cpu) == "runs on a GPU, the tensors are on cpu"
+        assert reason(first, second) == "takes tensors of one device, got cuda:0 and cuda:1"
+
+
+def test_tensors_on_two_devices_are_an_error_that_says_what_to_do() -> None:
+    x = torch.randn(7, 4)
+    with pytest.raises(ValueError, match=r"w_v: expected on cpu like x, got meta; use w_v.to\(x.device\)"):
+        F.gated_attention_pool(x, OFFSETS, torch.randn(3, 4, device="meta"), None, None, None, torch.randn(1, 3), None)
+    with pytest.raises(ValueError, match="scores: expected on cpu like values, got meta"):
+        F.attention_pool(x, torch.randn(7, 1, device="meta"), OFFSETS)
+    with pytest.raises(ValueError, match="memory: expected on cpu like z, got meta"):
+        F.memory_similarity(x, torch.randn(2, 3, 4, device="meta"))

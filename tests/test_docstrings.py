@@ -17,7 +17,15 @@ import torch
 import momkd
 from momkd import functional, nn
 
-PUBLIC = ("momkd.bags", "momkd.functional", "momkd.nn", "momkd.simulate", "momkd.doctor", "momkd.data.atomic")
+PUBLIC = (
+    "momkd.bags",
+    "momkd.functional",
+    "momkd.nn",
+    "momkd.simulate",
+    "momkd.doctor",
+    "momkd.gpu",
+    "momkd.data.atomic",
+)
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -65,7 +73,7 @@ def test_the_public_functions_and_modules_have_one() -> None:
         assert f"momkd.functional.{name}" in EXAMPLES, name
     for name in nn.__all__:
         assert f"momkd.nn.{name}" in EXAMPLES, name
-    for name in ("momkd.bags.Bags", "momkd.simulate.simulate", "momkd.simulate.SimulationConfig"):
+    for name in ("momkd.bags.Bags", "momkd.gpu.tune", "momkd.simulate.simulate", "momkd.simulate.SimulationConfig"):
         assert name in EXAMPLES
 
 

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(ASSEMBLED, GROUND | ASSEMBLED | {"nn", "functional", "reference", "config"}),
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),
     "cli": LIBRARY | SIDE | USERS | {"momkd"},
-    "momkd": {"bags", "doctor"},  # and by name, when asked: see __getattr__
+    "momkd": {"bags", "doctor", "gpu"},  # and by name, when asked: see __getattr__
 }
 
 # Work on the host that is no op: a public function checks its arguments and calls the definition itself.

@@ -55,6 +55,8 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
             return False, f"takes a contiguous float32 memory, got {memory.dtype} with strides {memory.stride()}"
     if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in DTYPES]:
         return False, f"takes float32, float16 and bfloat16, got {str(bad[0]).removeprefix('torch.')}"
+    if empty := [tuple(t.shape) for t in tensors if 0 in t.shape[1:]]:
+        return False, f"takes at least one column, head and slot, got {empty[0]}"
     return True, "CPU tensors"
 
 

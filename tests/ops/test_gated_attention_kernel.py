@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from momkd import dispatch, reference
 from momkd import functional as F
 from momkd.reference.gated_attention_pool import GateParameters
-from tests.compare import FORWARD, GRADIENT, HALVES, assert_close, cosine, offsets_of
+from tests.compare import FORWARD, GRADIENT, HALVES, assert_close, cosine, offsets_of, sparse
 
 able, reason = dispatch.can_run("gated_attention_pool", "triton", (torch.zeros(1),))
 pytestmark = [
@@ -92,7 +90,9 @@ def test_half_features_with_float32_parameters(dtype: torch.dtype) -> None:
             assert cosine(a.grad, b.grad) >= 0.999
 
 
-def test_rows_that_lie_further_apart_than_32_bits_reach() -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_rows_that_lie_further_apart_than_32_bits_reach(heads: int, p: float) -> None:
     """Row 5 begins 2.5 · 2^31 elements behind row 0; the file behind it has holes and takes no room."""
     torch.manual_seed(0)
     gap, width = 1 << 30, 24
@@ -101,18 +101,13 @@ def test_rows_that_lie_further_apart_than_32_bits_reach() -> None:
     far.copy_(near)
     assert far.stride(0) == gap
     assert far.stride(0) * 5 > 2**32
-    given, offsets = parameters(width, 16, 1), offsets_of((2, 4))
-    got = F.gated_attention_pool(far, offsets, *given, backend="triton")
-    assert torch.equal(got, F.gated_attention_pool(near, offsets, *given, backend="triton"))
-
-
-def sparse(rows: int, gap: int, width: int) -> Tensor:
-    """(rows, width) float32, `gap` elements apart, in a file of holes that is deleted at once."""
-    with tempfile.NamedTemporaryFile() as file:
-        size = (rows - 1) * gap + width
-        file.truncate(size * 4)
-        flat = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)
-    return flat.as_strided((rows, width), (gap, 1))
+    given, offsets = parameters(width, 16, heads), offsets_of((2, 4))
+    results = []
+    for rows in (far, near):
+        leaf = rows.detach().requires_grad_()
+        pooled = F.gated_attention_pool(leaf, offsets, *given, dropout_p=p, seed=torch.tensor(3), backend="triton")
+        results.append([pooled, *torch.autograd.grad(pooled.square().sum(), [leaf, *given])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_nan_row_stays_in_its_bag() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from momkd import dispatch, reference
 from momkd import functional as F
 from momkd.errors import BackendError
-from tests.compare import FORWARD, GRADIENT, HALVES, assert_close, cosine, offsets_of
+from tests.compare import FORWARD, GRADIENT, HALVES, assert_close, cosine, offsets_of, sparse
 
 able, reason = dispatch.can_run("memory_similarity", "triton", (torch.zeros(1),))
 needs_triton = pytest.mark.skipif(not able, reason=f"Triton: {reason}; TRITON_INTERPRET=1 runs kernels on the CPU")
@@ -139,15 +138,6 @@ def test_strided_rows(reduce: str) -> None:
             results.append((got.detach(), leaf.grad))
         assert torch.equal(results[0][0], results[1][0])
         assert torch.equal(results[0][1], results[1][1])
-
-
-def sparse(rows: int, gap: int, width: int) -> Tensor:
-    """(rows, width) float32, `gap` elements apart, in a file of holes that is deleted at once."""
-    with tempfile.NamedTemporaryFile() as file:
-        size = (rows - 1) * gap + width
-        file.truncate(size * 4)
-        flat = torch.from_file(file.name, shared=True, size=size, dtype=torch.float32)
-    return flat.as_strided((rows, width), (gap, 1))
 
 
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
