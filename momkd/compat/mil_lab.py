@@ -69,11 +69,21 @@ class ABMIL(DropIn):
         attention = GlobalGatedAttention if gate else GlobalAttention
         self.global_attn = attention(embed_dim, attn_dim, dropout=dropout)
         if num_classes > 0:
-            self.initialize_classifier(num_classes)
+            self.classifier = nn.Linear(embed_dim, num_classes)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Linear layers as for ReLU (He et al.), biases 0."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def initialize_classifier(self, num_classes: int | None = None) -> None:
         """A new classifier."""
         self.classifier = nn.Linear(self.embed_dim, self.num_classes if num_classes is None else num_classes)
+        nn.init.kaiming_uniform_(self.classifier.weight, nonlinearity="relu")
+        nn.init.zeros_(self.classifier.bias)
 
     def forward_attention(self, h: Tensor | Bags, attn_mask: Tensor | None = None, attn_only: bool = True) -> Any:
         """Scores before softmax (B, 1, M), the lowest number where masked, with `attn_only=False` behind the patches.
