@@ -82,7 +82,7 @@ def test_what_comes_back_where_masked() -> None:
     _, f = torchmil.AttentionPool(8)(x, mask, return_att=True)
     assert f.shape == (1, 3)
     assert f[0, 1] == 0
-    model = mil_lab.ABMIL(8)
+    model = mil_lab.ABMIL(8).eval()
     _, log = model(x, attn_mask=mask, return_attention=True)
     assert log["attention"][0, 0, 1] == torch.finfo(torch.float32).min
     h, attention = model.forward_attention(x, mask, attn_only=False)
