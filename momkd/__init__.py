@@ -8,14 +8,14 @@ from momkd.bags import Bags
 from momkd.doctor import doctor  # at once: a lazy one would give way to the module of its name after first use
 
 if TYPE_CHECKING:
-    from momkd import functional, models, nn, ops, reference
+    from momkd import compat, functional, models, nn, ops, reference
 
 try:
     __version__ = version("momkd")
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Bags", "doctor", "functional", "models", "nn", "ops", "reference"]
+__all__ = ["Bags", "compat", "doctor", "functional", "models", "nn", "ops", "reference"]
 
 _SUBMODULES = {"compat", "functional", "models", "nn", "ops", "reference"}
 

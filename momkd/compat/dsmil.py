@@ -91,7 +91,8 @@ class MILNet(DropIn):
     """Both streams.
 
     Example:
-        >>> model = MILNet(FCLayer(32, 2), BClassifier(32, 2))
+        >>> dsmil = momkd.compat.dsmil
+        >>> model = MILNet(dsmil.FCLayer(32, 2), dsmil.BClassifier(32, 2))
         >>> classes, bag, A, B = model(torch.randn(70, 32))
         >>> classes.shape, bag.shape, A.shape, B.shape
         (torch.Size([70, 2]), torch.Size([1, 2]), torch.Size([70, 2]), torch.Size([1, 2, 32]))
