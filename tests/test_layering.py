@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "functional": GROUND | {"ops", "dispatch", "reference"},
     "nn": GROUND | {"functional"},
     **dict.fromkeys(ASSEMBLED, GROUND | ASSEMBLED | {"nn", "functional", "reference", "config"}),
+    "compat": GROUND | ASSEMBLED | {"nn", "functional", "reference", "config", "dispatch"},  # fused where a kernel runs
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),
     "cli": LIBRARY | SIDE | USERS | {"momkd"},
     "momkd": {"bags", "doctor"},  # and by name, when asked: see __getattr__

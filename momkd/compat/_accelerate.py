@@ -137,7 +137,7 @@ def _try(name: str, module: nn.Module) -> Swap | Left | None:
         reason = _why_not(module, layout)
         if reason is None:
             told = [r for r in map(read, layout.blocks(module)) if isinstance(r, str)]
-            note = f"scores by torch ({told[0]}), pooled by attention_pool" if told else "one fused op"
+            note = f"scores by torch ({told[0]}), pooled by attention_pool" if told else "one op where a kernel runs"
             note = note if layout.blocks(module) else "pooled by attention_pool"
             module.__class__ = _subclass(type(module), layout.name)
             return Swap(name, kind, layout.name, note)

@@ -1,8 +1,8 @@
 """The block that scores patches, as the projects write it, and its pooling by momkd's ops.
 
 A block is a tanh branch, perhaps a σ branch, and a linear layer on their product. Where it is the block that
-`gated_attention_pool` computes, one op makes scores and pooled vectors; where it isn't (another activation, dropout
-before it), the modules make the scores and `attention_pool` pools.
+`gated_attention_pool` computes, and a kernel runs, one op makes scores and pooled vectors. Where it isn't (another
+activation, dropout before it), or no kernel runs, the modules make the scores and `attention_pool` pools.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from momkd import functional
+from momkd import dispatch, functional
 from momkd.compat._rows import Rows
 
 # How the projects name the three parts.
@@ -97,12 +98,27 @@ def read(block: Block) -> tuple[Branch, Branch | None] | str:
     return (value, gate) if _plain(block.out) else "its last layer is no plain Linear"
 
 
+def has_kernel(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel computes `gated_attention_pool` on these tensors, and not its plain form.
+
+    The plain form saves memory by computing the gate twice, which takes longer than what the projects do.
+    """
+    return dispatch.choose("gated_attention_pool", None, (x, *others)) != "torch"
+
+
+def pool_by_scores(rows: Rows, values: Tensor, scores: Tensor) -> Tensor:
+    """Values (N, L) by scores (N, H) -> (B, H, L). One bag on the CPU is a product; an op around it would only cost."""
+    if rows.bags == 1 and values.device.type == "cpu":
+        return (torch.softmax(scores, 0).T @ values)[None]
+    return functional.attention_pool(values, scores, rows.offsets)
+
+
 def pool(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
     """Pooled (B, H, L) and scores before softmax (N, H), both in the dtype of the rows; gradient comes from both."""
     branches = read(block)
-    if isinstance(branches, str):
+    if isinstance(branches, str) or not has_kernel(rows.x, rows.offsets, branches[0].linear.weight):
         scores = block.scores(rows.x)
-        return functional.attention_pool(rows.x, scores, rows.offsets), scores
+        return pool_by_scores(rows, rows.x, scores), scores
     v, gate = branches
     u, out = gate and gate.linear, cast(nn.Linear, block.out)
     pooled, scores = functional.gated_attention_pool(

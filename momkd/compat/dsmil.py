@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momkd import functional
 from momkd.bags import Bags
+from momkd.compat._gate import pool_by_scores
 from momkd.compat._load import DropIn
 from momkd.compat._rows import Rows, one_bag
 
@@ -83,7 +83,7 @@ class BClassifier(DropIn):
             parts = query.split(rows.offsets.diff().tolist())
             scores = torch.cat([part @ key.T for part, key in zip(parts, keys, strict=True)])
         scores = scores / query.shape[1] ** 0.5  # (N, C)
-        pooled = functional.attention_pool(self.v(rows.x), scores, rows.offsets)
+        pooled = pool_by_scores(rows, self.v(rows.x), scores)
         return self.fcc(pooled).flatten(1), rows.softmax(scores), pooled
 
 

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from momkd import Bags
-from momkd.compat import clam, eva, mil_lab, torchmil
+from momkd.compat import _gate, clam, eva, mil_lab, torchmil
 from momkd.compat._gate import block_of, read
 from momkd.compat._rows import one_bag
 from tests.compare import FORWARD, GRADIENT, assert_close
 from tests.compat.cases import CASES, Case, run_clam
 
 PADDED = [name for name, case in CASES.items() if case.padded]
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["op", "modules"])
+def by_the_op(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways: by the fused op, as where a kernel runs, and by the modules and `attention_pool`."""
+    monkeypatch.setattr(_gate, "has_kernel", lambda *tensors: request.param)
+    return bool(request.param)
 
 
 def made(name: str, lengths: tuple[int, ...]) -> tuple[Case, nn.Module, list[Tensor]]:
@@ -214,9 +221,10 @@ def test_lazy_width() -> None:
     assert model.pool.fc1.module.in_features == model.classifier.module.in_features == 7
 
 
-def test_compiled() -> None:
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, bags = made("CLAM_MB", (40,))
     x = bags[0].detach()
+    monkeypatch.undo()  # as it is
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for got, want in zip(run_clam(compiled, x), run_clam(model, x), strict=True):
         assert_close(got, want, FORWARD)
