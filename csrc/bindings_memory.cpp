@@ -68,16 +68,16 @@ void guided(const RowArguments &z, const RowArguments &values, uintptr_t memory,
 
 void guided_backward(uintptr_t grad, const RowArguments &z, const RowArguments &values, uintptr_t memory,
                      const Shape &shape, uintptr_t offsets, int64_t bags, bool per_class, float temperature,
-                     uintptr_t pooled, uintptr_t attention, uintptr_t nearest, uintptr_t d_z,
-                     uintptr_t d_values, uintptr_t d_temperature, int threads) {
+                     uintptr_t attention, uintptr_t nearest, uintptr_t d_z, uintptr_t d_values,
+                     uintptr_t d_temperature, int threads) {
   const Rows rows = rows_of(z), pooling = rows_of(values);
   const MemoryShape sizes = shape_of(shape);
   py::gil_scoped_release release;
   memory_guided_pool_backward(pointer<const float>(grad), rows, pooling, pointer<const float>(memory), sizes,
                               {pointer<const int32_t>(offsets), bags, per_class, temperature},
-                              pointer<const float>(pooled), pointer<const float>(attention),
-                              pointer<const int32_t>(nearest), pointer<void>(d_z), pointer<void>(d_values),
-                              pointer<float>(d_temperature), threads);
+                              pointer<const float>(attention), pointer<const int32_t>(nearest),
+                              pointer<void>(d_z), pointer<void>(d_values), pointer<float>(d_temperature),
+                              threads);
 }
 
 }  // namespace
@@ -98,8 +98,8 @@ void bind_memory(py::module_ &m) {
         arg("attention_ptr"), arg("nearest_ptr"), arg("threads"));
   m.def("memory_guided_pool_backward", &guided_backward, arg("grad_ptr"), arg("z"), arg("values"),
         arg("memory_ptr"), arg("shape"), arg("offsets_ptr"), arg("bags"), arg("per_class"),
-        arg("temperature"), arg("pooled_ptr"), arg("attention_ptr"), arg("nearest_ptr"), arg("d_z_ptr"),
-        arg("d_values_ptr"), arg("d_temperature_ptr"), arg("threads"));
+        arg("temperature"), arg("attention_ptr"), arg("nearest_ptr"), arg("d_z_ptr"), arg("d_values_ptr"),
+        arg("d_temperature_ptr"), arg("threads"));
 }
 
 }  // namespace momkd

@@ -17,14 +17,13 @@ void attention_pool_of(const RowArguments &values, uintptr_t scores, uintptr_t o
 }
 
 void attention_pool_backward_of(uintptr_t grad, const RowArguments &values, uintptr_t scores,
-                                uintptr_t offsets, int64_t bags, int64_t heads, uintptr_t pooled,
-                                uintptr_t stats, uintptr_t d_scores, uintptr_t d_values, int threads) {
+                                uintptr_t offsets, int64_t bags, int64_t heads, uintptr_t stats,
+                                uintptr_t d_scores, uintptr_t d_values, int threads) {
   const Rows rows = rows_of(values);
   py::gil_scoped_release release;
   attention_pool_backward(pointer<const float>(grad), rows, pointer<const float>(scores),
-                          pointer<const int32_t>(offsets), bags, heads, pointer<const float>(pooled),
-                          pointer<const float>(stats), pointer<float>(d_scores), pointer<void>(d_values),
-                          threads);
+                          pointer<const int32_t>(offsets), bags, heads, pointer<const float>(stats),
+                          pointer<float>(d_scores), pointer<void>(d_values), threads);
 }
 
 GateDropout dropout_of(int64_t seed, int64_t first_row, uint32_t threshold, float scale) {
@@ -56,7 +55,7 @@ void bind_pool(py::module_ &m) {
   m.def("attention_pool", &attention_pool_of, arg("values"), arg("scores_ptr"), arg("offsets_ptr"),
         arg("bags"), arg("heads"), arg("pooled_ptr"), arg("stats_ptr"), arg("threads"));
   m.def("attention_pool_backward", &attention_pool_backward_of, arg("grad_ptr"), arg("values"),
-        arg("scores_ptr"), arg("offsets_ptr"), arg("bags"), arg("heads"), arg("pooled_ptr"), arg("stats_ptr"),
+        arg("scores_ptr"), arg("offsets_ptr"), arg("bags"), arg("heads"), arg("stats_ptr"),
         arg("d_scores_ptr"), arg("d_values_ptr"), arg("threads"));
   m.def("gate_scores", &gate_scores_of, arg("pre_ptr"), arg("rows"), arg("hidden"), arg("heads"),
         arg("gated"), arg("seed"), arg("first_row"), arg("threshold"), arg("scale"), arg("w_a_ptr"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_rows_of_500_columns_are_read_four_at_a_time(dtype: torch.dtype, bits: i
 def test_tf32_is_done_by_tensor_cores_and_ieee_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1})
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
         reports = aot.compile_all([case], ["sm_90"])
         for kernel in PRODUCTS["gated_attention_pool"]:
             assert [bool(r.tensor) for r in reports if r.kernel == kernel] == [allowed]

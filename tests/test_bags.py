@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from momkd import Bags
+from momkd import functional as F
 from tests.compare import RAGGED
 
 LENGTHS = (3, 0, 1, 5, 0)
@@ -256,3 +257,24 @@ def test_bad_padding() -> None:
         Bags.from_padded(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"mask: expected \(3, 4\) like x, got \(3, 5\)"):
         Bags.from_padded(torch.zeros(3, 4, 2), torch.zeros(3, 5))
+
+
+def test_pooling_functions_take_bags() -> None:
+    """Bags bring their offsets, or a tensor has them beside it; both or neither is an error."""
+    torch.manual_seed(0)
+    bags = Bags.from_list([torch.randn(n, 6) for n in (5, 0, 9)])
+    x, offsets, gate, scores = bags.features, bags.offsets, torch.randn(4, 6), torch.randn(14, 2)
+    weights = (gate, None, None, None, torch.randn(2, 4), None)
+    z, memory = torch.randn(14, 3), torch.randn(2, 2, 3)
+    assert torch.equal(F.gated_attention_pool(bags, None, *weights), F.gated_attention_pool(x, offsets, *weights))
+    assert torch.equal(F.attention_pool(bags, scores), F.attention_pool(x, scores, offsets))
+    for got, want in zip(
+        F.memory_guided_pool(z, bags, memory, None, 0.2), F.memory_guided_pool(z, x, memory, offsets, 0.2), strict=True
+    ):
+        assert torch.equal(got, want)
+    with pytest.raises(
+        ValueError, match="offsets: expected None, because x is Bags, which bring their own, got a tens"
+    ):
+        F.gated_attention_pool(bags, offsets, *weights)
+    with pytest.raises(ValueError, match=r"offsets: expected int32 \(B\+1,\) beside a tensor values, got None"):
+        F.attention_pool(x, scores)

@@ -18,13 +18,9 @@ import momkd
 from momkd import functional, nn
 
 PUBLIC = (
-    "momkd.bags",
-    "momkd.functional",
-    "momkd.nn",
-    "momkd.simulate",
-    "momkd.doctor",
-    "momkd.gpu",
-    "momkd.data.atomic",
+    *("momkd.bags", "momkd.functional", "momkd.nn", "momkd.simulate", "momkd.doctor", "momkd.gpu", "momkd.data.atomic"),
+    *(f"momkd.compat.{name}" for name in ("clam", "mil_lab", "torchmil", "attention_deep_mil", "dtfd", "eva")),
+    *("momkd.compat", "momkd.compat.trident", "momkd.compat.dsmil"),
 )
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 

@@ -245,9 +245,9 @@ void memory_guided_pool(const Rows &z, const Rows &values, const float *memory, 
 }
 
 void memory_guided_pool_backward(const float *grad, const Rows &z, const Rows &values, const float *memory,
-                                 const MemoryShape &shape, const GuidedBags &bags, const float *pooled,
-                                 const float *attention, const int32_t *nearest, void *d_z, void *d_values,
-                                 float *d_temperature, int threads) {
+                                 const MemoryShape &shape, const GuidedBags &bags, const float *attention,
+                                 const int32_t *nearest, void *d_z, void *d_values, float *d_temperature,
+                                 int threads) {
   const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
   const UnitBank bank(memory, shape);
   const BankView &view = bank.view();
@@ -261,12 +261,14 @@ void memory_guided_pool_backward(const float *grad, const Rows &z, const Rows &v
   const int64_t own_size = scratch_of(view) + 2 * kRows * classes + classes;
   const Buffer<float> scratch(scores_too ? workers * own_size : 0);
   std::vector<double> d_inverse(static_cast<size_t>(tasks), 0.0);  // by piece: Σ d_score · margin
-  const std::vector<float> inner = inner_products(grad, pooled, bags.bags * heads, values.width);
+  parallel_for(tasks, workers, [&](int64_t task, int) {
+    pool_backward_piece(pieces.pieces[static_cast<size_t>(task)], values, grad, attention, heads,
+                        scores_too ? d_scores.get() : nullptr, d_values);
+  });
+  if (!scores_too) return;
+  softmax_backward(pieces, attention, heads, d_scores.get(), threads);
   parallel_for(tasks, workers, [&](int64_t task, int worker) {
     const BagPiece &piece = pieces.pieces[static_cast<size_t>(task)];
-    pool_backward_piece(piece, values, grad, inner.data(), attention, heads,
-                        scores_too ? d_scores.get() : nullptr, d_values);
-    if (!scores_too) return;
     const int64_t rows = piece.last - piece.first;
     const int32_t *slots = nearest + piece.first * classes;
     float *own = scratch.get() + worker * own_size, *similarity = own + scratch_of(view);

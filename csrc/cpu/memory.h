@@ -53,8 +53,8 @@ void memory_guided_pool(const Rows &z, const Rows &values, const float *memory, 
 // From grad (B, H, L): d_z (as z), d_values (as values), both with rows one after the other, and
 // d_temperature (1), each unless null.
 void memory_guided_pool_backward(const float *grad, const Rows &z, const Rows &values, const float *memory,
-                                 const MemoryShape &shape, const GuidedBags &bags, const float *pooled,
-                                 const float *attention, const int32_t *nearest, void *d_z, void *d_values,
-                                 float *d_temperature, int threads);
+                                 const MemoryShape &shape, const GuidedBags &bags, const float *attention,
+                                 const int32_t *nearest, void *d_z, void *d_values, float *d_temperature,
+                                 int threads);
 
 }  // namespace momkd

@@ -135,17 +135,8 @@ void softmax_weights(const float *scores, const float *stats, const BagPieces &p
   });
 }
 
-std::vector<float> inner_products(const float *grad, const float *pooled, int64_t count, int64_t width) {
-  const PoolKernels &kernels = MOMKD_KERNELS(pool_rows);
-  std::vector<float> inner(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i)
-    kernels.dot[static_cast<int>(RowType::float32)](pooled + i * width, width, 1, grad + i * width, width,
-                                                    inner.data() + i, 1);
-  return inner;
-}
-
-void pool_backward_piece(const BagPiece &piece, const Rows &values, const float *grad, const float *inner,
-                         const float *weights, int64_t heads, float *d_scores, void *d_values) {
+void pool_backward_piece(const BagPiece &piece, const Rows &values, const float *grad, const float *weights,
+                         int64_t heads, float *dots, void *d_values) {
   const PoolKernels &kernels = MOMKD_KERNELS(pool_rows);
   const int64_t width = values.width;
   const int type = static_cast<int>(values.type);
@@ -153,31 +144,48 @@ void pool_backward_piece(const BagPiece &piece, const Rows &values, const float 
   constexpr int64_t kNear = 16;  // rows that stay in the nearest cache between the two uses
   for (int64_t first = piece.first; first < piece.last; first += kNear) {
     const int64_t rows = std::min(kNear, piece.last - first);
-    if (d_scores) {
-      for (int64_t h = 0; h < heads; ++h)
-        kernels.dot[type](row_of(values, first), values.stride, rows, bag_grad + h * width, width,
-                          d_scores + first * heads + h, heads);
-      for (int64_t i = first * heads; i < (first + rows) * heads; ++i)
-        d_scores[i] = weights[i] * (d_scores[i] - inner[piece.bag * heads + i % heads]);
-    }
+    for (int64_t h = 0; dots && h < heads; ++h)
+      kernels.dot[type](row_of(values, first), values.stride, rows, bag_grad + h * width, width,
+                        dots + first * heads + h, heads);
     if (d_values)
       kernels.spread[type](static_cast<char *>(d_values) + first * width * item_size(values.type), rows,
                            weights + first * heads, heads, bag_grad, width);
   }
 }
 
+void softmax_backward(const BagPieces &pieces, const float *weights, int64_t heads, float *d_scores,
+                      int threads) {
+  parallel_for(pieces.bags, workers_for(pieces.bags, threads), [&](int64_t bag, int) {
+    const int64_t begin = pieces.begin[static_cast<size_t>(bag)],
+                  end = pieces.begin[static_cast<size_t>(bag + 1)];
+    if (begin == end) return;
+    const int64_t first = pieces.pieces[static_cast<size_t>(begin)].first * heads;
+    const int64_t last = pieces.pieces[static_cast<size_t>(end - 1)].last * heads;
+    for (int64_t h = 0; h < heads; ++h) {
+      double total = 0, mean = 0;
+      for (int64_t i = first + h; i < last; i += heads) {
+        total += weights[i];
+        mean += static_cast<double>(weights[i]) * d_scores[i];
+      }
+      mean /= total == 0 ? 1 : total;
+      for (int64_t i = first + h; i < last; i += heads)
+        d_scores[i] = static_cast<float>(weights[i] * (d_scores[i] - mean));
+    }
+  });
+}
+
 void attention_pool_backward(const float *grad, const Rows &values, const float *scores,
-                             const int32_t *offsets, int64_t bags, int64_t heads, const float *pooled,
-                             const float *stats, float *d_scores, void *d_values, int threads) {
+                             const int32_t *offsets, int64_t bags, int64_t heads, const float *stats,
+                             float *d_scores, void *d_values, int threads) {
   const BagPieces pieces(offsets, bags);
   const int64_t tasks = static_cast<int64_t>(pieces.pieces.size());
   const Buffer<float> weights(values.n * heads);
   softmax_weights(scores, stats, pieces, heads, weights.get(), threads);
-  const std::vector<float> inner = inner_products(grad, pooled, bags * heads, values.width);
   parallel_for(tasks, workers_for(tasks, threads), [&](int64_t task, int) {
-    pool_backward_piece(pieces.pieces[static_cast<size_t>(task)], values, grad, inner.data(), weights.get(),
-                        heads, d_scores, d_values);
+    pool_backward_piece(pieces.pieces[static_cast<size_t>(task)], values, grad, weights.get(), heads,
+                        d_scores, d_values);
   });
+  if (d_scores) softmax_backward(pieces, weights.get(), heads, d_scores, threads);
 }
 
 }  // namespace momkd

@@ -53,18 +53,21 @@ void attention_pool(const Rows &values, const float *scores, const int32_t *offs
 void softmax_weights(const float *scores, const float *stats, const BagPieces &pieces, int64_t heads,
                      float *weights, int threads);
 
-// From grad (B, H, L), pooled and stats: d_scores (N, H) and d_values (as values), each unless null.
-//   d_scores_ih = α_ih (grad_bh · values_i − grad_bh · pooled_bh),  d_values_i = Σ_h α_ih grad_bh
+// From grad (B, H, L) and stats: d_scores (N, H) and d_values (as values, rows one after the other), each
+// unless null.
+//   d_scores_ih = α_ih (grad_bh · values_i − Σ_j α_jh grad_bh · values_j),  d_values_i = Σ_h α_ih grad_bh
 void attention_pool_backward(const float *grad, const Rows &values, const float *scores,
-                             const int32_t *offsets, int64_t bags, int64_t heads, const float *pooled,
-                             const float *stats, float *d_scores, void *d_values, int threads);
+                             const int32_t *offsets, int64_t bags, int64_t heads, const float *stats,
+                             float *d_scores, void *d_values, int threads);
 
-// The same for one piece, from the weights (N, H) and grad_bh · pooled_bh (B, H).
-void pool_backward_piece(const BagPiece &piece, const Rows &values, const float *grad, const float *inner,
-                         const float *weights, int64_t heads, float *d_scores, void *d_values);
+// Of one piece, from the weights α (N, H): the products grad_bh · values_i (N, H) and d_values, each unless
+// null.
+void pool_backward_piece(const BagPiece &piece, const Rows &values, const float *grad, const float *weights,
+                         int64_t heads, float *dots, void *d_values);
 
-// grad_bh · pooled_bh: (B, H), of vectors of `width`; summed as grad_bh · values_i is, so that the gradient
-// of the score of a bag's only row is exactly 0.
-std::vector<float> inner_products(const float *grad, const float *pooled, int64_t count, int64_t width);
+// Those products become d_scores. Their mean is taken from themselves, so that the gradients of a bag's
+// scores sum to nothing, and that of its only row is 0.
+void softmax_backward(const BagPieces &pieces, const float *weights, int64_t heads, float *d_scores,
+                      int threads);
 
 }  // namespace momkd

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from momkd import ops
+from momkd.bags import Bags
 from momkd.functional import _validate as check
 
 
 def gated_attention_pool(
-    x: Tensor,
-    offsets: Tensor,
+    x: Tensor | Bags,
+    offsets: Tensor | None,
     w_v: Tensor,
     b_v: Tensor | None,
     w_u: Tensor | None,
@@ -30,8 +31,8 @@ def gated_attention_pool(
     out[b, h] = Σ_i α_ih x_i.
 
     Args:
-        x: (N, L) patch features of all bags, any float dtype.
-        offsets: (B + 1,) int32, bag b owns rows offsets[b] to offsets[b + 1]; see `Bags.offsets`.
+        x: (N, L) patch features of all bags, any float dtype; or `Bags`, which bring their offsets.
+        offsets: (B + 1,) int32, bag b owns rows offsets[b] to offsets[b + 1]; see `Bags.offsets`. None beside `Bags`.
         w_v, b_v: (D, L) and (D,), the tanh branch; a bias may be None.
         w_u, b_u: (D, L) and (D,), the σ branch; `w_u=None` is the ungated form.
         w_a, b_a: (H, D) and (H,), one row a branch of attention.
@@ -53,10 +54,11 @@ def gated_attention_pool(
     Example:
         >>> bags = momkd.Bags.from_list([torch.randn(70, 32), torch.randn(500, 32)])
         >>> w_v, w_u, w_a = torch.randn(16, 32), torch.randn(16, 32), torch.randn(1, 16)
-        >>> out = gated_attention_pool(bags.features, bags.offsets, w_v, None, w_u, None, w_a, None)
+        >>> out = gated_attention_pool(bags, None, w_v, None, w_u, None, w_a, None)
         >>> out.shape
         torch.Size([2, 1, 32])
     """
+    x, offsets = _ragged("x", x, offsets)
     check.shape("x", x, (None, None), "(N, L)")
     check.floating("x", x)
     check.offsets(offsets, x.shape[0])
@@ -84,16 +86,29 @@ def gated_attention_pool(
     return (pooled, scores) if return_scores else pooled
 
 
-def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, *, backend: str | None = None) -> Tensor:
+def _ragged(name: str, rows: Tensor | Bags, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows and their offsets, which come from `Bags` or beside a tensor."""
+    if isinstance(rows, Bags):
+        if offsets is not None:
+            raise ValueError(f"offsets: expected None, because {name} is Bags, which bring their own, got a tensor")
+        return rows.features, rows.offsets
+    if offsets is None:
+        raise ValueError(f"offsets: expected int32 (B+1,) beside a tensor {name}, got None; or pass Bags as {name}")
+    return rows, offsets
+
+
+def attention_pool(
+    values: Tensor | Bags, scores: Tensor, offsets: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """Softmax of given scores over every bag, and the weighted sum of its rows.
 
     α_ih = exp(scores_ih) / Σ_j exp(scores_jh) over the bag; out[b, h] = Σ_i α_ih values_i. For any head that computes
     its own scores.
 
     Args:
-        values: (N, L) any float dtype.
+        values: (N, L) any float dtype; or `Bags`, which bring their offsets.
         scores: (N, H) any float dtype; −inf hides a row.
-        offsets: (B + 1,) int32.
+        offsets: (B + 1,) int32. None beside `Bags`.
         backend: None for the best that can run, or a name of `momkd.dispatch.BACKENDS`.
 
     Returns:
@@ -108,6 +123,7 @@ def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, *, backend: 
         >>> attention_pool(torch.randn(5, 8), torch.randn(5, 2), offsets).shape
         torch.Size([2, 2, 8])
     """
+    values, offsets = _ragged("values", values, offsets)
     check.shape("values", values, (None, None), "(N, L)")
     check.floating("values", values)
     check.shape("scores", scores, (values.shape[0], None), "(N, H)")
@@ -120,9 +136,9 @@ def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, *, backend: 
 
 def memory_guided_pool(
     z: Tensor,
-    values: Tensor,
+    values: Tensor | Bags,
     memory: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     temperature: float | Tensor,
     *,
     branch: str = "positive",
@@ -136,9 +152,9 @@ def memory_guided_pool(
 
     Args:
         z: (N, S) projections of the patches, any float dtype, normalised inside.
-        values: (N, L) what is pooled, any float dtype.
+        values: (N, L) what is pooled, any float dtype; or `Bags`, which bring their offsets.
         memory: (C, K, S) prototypes, C ≥ 2, normalised inside; a constant here, no gradient reaches it.
-        offsets: (B + 1,) int32.
+        offsets: (B + 1,) int32. None beside `Bags`.
         temperature: > 0, a number or a scalar tensor that may want a gradient.
         branch: "positive" or "per_class".
         backend: None for the best that can run, or a name of `momkd.dispatch.BACKENDS`.
@@ -161,6 +177,7 @@ def memory_guided_pool(
         >>> pooled.shape, attention.shape, slots.shape
         (torch.Size([2, 1, 32]), torch.Size([9, 1]), torch.Size([9, 2]))
     """
+    values, offsets = _ragged("values", values, offsets)
     check.shape("z", z, (None, None), "(N, S)")
     check.floating("z", z)
     check.shape("values", values, (z.shape[0], None), "(N, L)")

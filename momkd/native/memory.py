@@ -143,7 +143,7 @@ def memory_guided_pool_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     (z, about), (values, pooling) = rows(z), rows(values)
-    grad, bank, offsets, pooled = _single(grad), _single(memory), offsets.to(torch.int32).contiguous(), _single(pooled)
+    grad, bank, offsets = _single(grad), _single(memory), offsets.to(torch.int32).contiguous()
     d_z, d_values = _like(z, needs[0]), _like(values, needs[1])
     d_temperature = torch.empty(1) if needs[2] else None
     extension()[0].memory_guided_pool_backward(
@@ -156,7 +156,6 @@ def memory_guided_pool_backward(
         offsets.numel() - 1,
         per_class,
         float(temperature),
-        pooled.data_ptr(),
         attention.data_ptr(),
         slots.data_ptr(),
         _pointer(d_z),

@@ -49,7 +49,7 @@ def attention_pool_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     values, about = rows(values)
-    grad, scores_single, pooled, (offsets, bags) = _single(grad), _single(scores), _single(pooled), _bags(offsets)
+    grad, scores_single, (offsets, bags) = _single(grad), _single(scores), _bags(offsets)
     d_values = torch.empty_like(values, memory_format=torch.contiguous_format) if needs[0] else None
     d_scores = torch.empty_like(scores_single) if needs[1] else None
     extension()[0].attention_pool_backward(
@@ -59,7 +59,6 @@ def attention_pool_backward(
         offsets.data_ptr(),
         bags,
         scores.shape[1],
-        pooled.data_ptr(),
         stats.data_ptr(),
         0 if d_scores is None else d_scores.data_ptr(),
         0 if d_values is None else d_values.data_ptr(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_float32_products_follow_the_switch_of_torch(
 ) -> None:
     from momkd.kernels import _common, attention_pool, gated_attention_pool, memory_guided_pool, segment_pool
 
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
     assert _common.precision(torch.float32) == expected
     assert _common.precision(torch.bfloat16) == _common.precision(torch.float16) == "tf32"
     seen: list[str] = []
