@@ -21,9 +21,6 @@ constexpr int64_t kAheadBytes = 4096;
 constexpr double kEps = 1e-12;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
 
-// Squared lengths in this range are right in float32: nothing overflowed or fell among the subnormal numbers.
-constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
-
 // An uninitialised array on a cache-line boundary.
 class Buffer {
  public:
@@ -38,20 +35,22 @@ class Buffer {
   float *data_;
 };
 
-// The slots of each class as unit columns: (C, S, padded K), with a bias row (padded K) that rules out the
-// padding.
+// The slots of each class as unit columns, in the order of the kernels: (C, S, padded K), with a bias row (padded K)
+// that rules out the padding.
 struct Bank {
-  Bank(const float *memory, int64_t c, int64_t k, int64_t s)
+  Bank(const float *memory, int64_t c, int64_t k, int64_t s, int width)
       : s(s), padded_k((k + kLanes - 1) / kLanes * kLanes), columns(c * s * padded_k), bias(padded_k) {
-    for (int64_t j = 0; j < padded_k; ++j)
-      bias.get()[j] = j < k ? 0.0f : -std::numeric_limits<float>::infinity();
+    const int64_t vectors = padded_k / width;
+    const auto place = [&](int64_t slot) { return slot % vectors * width + slot / vectors; };
+    for (int64_t slot = 0; slot < padded_k; ++slot)
+      bias.get()[place(slot)] = slot < k ? 0.0f : -std::numeric_limits<float>::infinity();
     std::fill_n(columns.get(), c * s * padded_k, 0.0f);
     for (int64_t slot = 0; slot < c * k; ++slot) {
       const float *from = memory + slot * s;
       double squared = 0;
       for (int64_t j = 0; j < s; ++j) squared += static_cast<double>(from[j]) * from[j];
       const double scale = 1 / std::max(std::sqrt(squared), kEps);
-      float *to = of(slot / k) + slot % k;
+      float *to = of(slot / k) + place(slot % k);
       for (int64_t j = 0; j < s; ++j) to[j * padded_k] = static_cast<float>(from[j] * scale);
     }
   }
@@ -86,51 +85,42 @@ struct Walker {
   std::vector<int> filled;       // (C,)
   std::vector<float> wide;       // (kBlockRows, S): the block as float32
   std::vector<float> scaled;     // (S,): a row whose squared length leaves float32
+  int64_t ahead = 0;             // the first row not yet asked for
 };
 
 class Accumulation {
  public:
-  Accumulation(const EmaRows &rows, const Bank &bank, int64_t c, int64_t k, int32_t *assignments)
-      : rows_(rows),
-        bank_(bank),
-        c_(c),
-        k_(k),
-        assignments_(assignments),
-        kernels_(MOMKD_KERNELS(ema_rows)) {}
+  Accumulation(const EmaRows &rows, const Bank &bank, const EmaRowKernels &kernels, int64_t c, int64_t k,
+               int32_t *assignments)
+      : rows_(rows), bank_(bank), kernels_(kernels), c_(c), k_(k), assignments_(assignments) {}
 
   // Rows [first, last) into sums (C, K, S) and mass (C, K), which start at zero here.
   void chunk(int64_t first, int64_t last, Walker &walker, float *sums, double *mass) const {
     std::fill_n(sums, c_ * k_ * rows_.s, 0.0f);
     std::fill_n(mass, c_ * k_, 0.0);
     std::fill(walker.filled.begin(), walker.filled.end(), 0);
+    walker.ahead = first;
+    const int64_t *row_class = rows_.row_class, classes = c_;
+    int64_t *waiting = walker.waiting.data();
+    int *filled = walker.filled.data();
     for (int64_t i = first; i < last; ++i) {
-      if (i + ahead_ < rows_.n) prefetch(i + ahead_);
-      const int64_t label = rows_.row_class[i];
-      if (label < 0 || label >= c_) {
+      const int64_t label = row_class[i];
+      if (label < 0 || label >= classes) {
         assignments_[i] = -1;
         continue;
       }
-      int64_t *block = walker.waiting.data() + label * kBlockRows;
-      int &filled = walker.filled[static_cast<size_t>(label)];
-      block[filled++] = i;
-      if (filled == kBlockRows) {
-        this->block(label, block, filled, walker, sums, mass);
-        filled = 0;
+      const int count = filled[label]++;
+      waiting[label * kBlockRows + count] = i;
+      if (count == kBlockRows - 1) {
+        block(label, kBlockRows, i, walker, sums, mass);
+        filled[label] = 0;
       }
     }
-    for (int64_t label = 0; label < c_; ++label) {
-      const int filled = walker.filled[static_cast<size_t>(label)];
-      if (filled) block(label, walker.waiting.data() + label * kBlockRows, filled, walker, sums, mass);
-    }
+    for (int64_t label = 0; label < classes; ++label)
+      if (filled[label]) block(label, filled[label], last, walker, sums, mass);
   }
 
  private:
-  // Rows wait for others of their class, so the processor sees no simple stream: say what comes.
-  void prefetch(int64_t i) const {
-    const char *at = static_cast<const char *>(rows_.z) + i * rows_.row_stride * item_;
-    for (int64_t byte = 0; byte < rows_.s * item_; byte += 64) __builtin_prefetch(at + byte);
-  }
-
   const float *row(int64_t i, float *wide) const {
     const int64_t at = i * rows_.row_stride;
     if (rows_.type == RowType::float32) return static_cast<const float *>(rows_.z) + at;
@@ -139,66 +129,79 @@ class Accumulation {
     return wide;
   }
 
-  void block(int64_t label, const int64_t *which, int count, Walker &walker, float *sums,
-             double *mass) const {
+  // The rows that wait for class `label`; `now` is the row that the walker has come to.
+  void block(int64_t label, int count, int64_t now, Walker &walker, float *sums, double *mass) const {
+    const int64_t *which = walker.waiting.data() + label * kBlockRows, s = rows_.s;
     const float *row_at[kBlockRows];
-    for (int i = 0; i < count; ++i) row_at[i] = row(which[i], walker.wide.data() + i * rows_.s);
+    for (int i = 0; i < count; ++i) row_at[i] = row(which[i], walker.wide.data() + i * s);
     for (int i = count; i < kBlockRows; ++i) row_at[i] = row_at[0];
-    int32_t slot[kBlockRows];
-    float squared[kBlockRows];
-    kernels_.nearest(row_at, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, slot, squared);
 
+    // Rows wait for others of their class, so the processor sees no simple stream: say what comes.
+    walker.ahead = std::max(walker.ahead, now + ahead_);
+    const int64_t row_bytes = rows_.row_stride * item_;
+    const bool more = walker.ahead + kBlockRows <= rows_.n;
+    const char *ahead = more ? static_cast<const char *>(rows_.z) + walker.ahead * row_bytes : nullptr;
+    walker.ahead += kBlockRows;
+
+    int32_t slot[kBlockRows];
+    float inverse[kBlockRows];  // of the length
+    kernels_.nearest(row_at, s, bank_.of(label), bank_.bias.get(), bank_.padded_k, ahead, row_bytes, slot, inverse);
+
+    int32_t *const assignments = assignments_;
+    const float *const weights = rows_.weights;
+    const bool normalize = rows_.normalize;
+    const int64_t first_slot = label * k_;
     int adding = 0;
     const float *add_row[kBlockRows];
     float scale[kBlockRows];
     float *target[kBlockRows];
     for (int i = 0; i < count; ++i) {
-      double length = std::sqrt(squared[i]);
-      if (!(squared[i] >= kSmallest && squared[i] <= kLargest))
-        slot[i] = careful(row_at[i], label, walker.scaled.data(), length);
-      assignments_[which[i]] = slot[i];
-      const float weight = rows_.weights ? rows_.weights[which[i]] : 1.0f;
+      if (inverse[i] == 0) careful(row_at[i], label, walker.scaled.data(), slot[i], inverse[i]);
+      assignments[which[i]] = slot[i];
+      const float weight = weights ? weights[which[i]] : 1.0f;
       if (slot[i] < 0 || !(weight > 0) || std::isinf(weight)) continue;
-      const int64_t at = label * k_ + slot[i];
+      const int64_t at = first_slot + slot[i];
       mass[at] += weight;
       add_row[adding] = row_at[i];
-      scale[adding] = static_cast<float>(rows_.normalize ? weight / length : weight);
-      target[adding++] = sums + at * rows_.s;
+      scale[adding] = normalize ? weight * inverse[i] : weight;
+      target[adding++] = sums + at * s;
     }
-    kernels_.add(adding, add_row, scale, rows_.s, target);
+    kernels_.add(adding, add_row, scale, s, target);
   }
 
-  // The slot of a row that is zero, tiny, huge or not finite (−1), and max(its length, 1e-12), through a row
-  // scaled to size 1.
-  int32_t careful(const float *row, int64_t label, float *scaled, double &length) const {
+  // The slot of a row that is zero, tiny, huge or not finite (−1), and 1 / max(length, 1e-12), through the row scaled
+  // to size 1.
+  void careful(const float *row, int64_t label, float *scaled, int32_t &slot, float &inverse) const {
     float largest = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
-      if (!std::isfinite(row[j])) return -1;
+      if (!std::isfinite(row[j])) {
+        slot = -1;
+        return;
+      }
       largest = std::max(largest, std::fabs(row[j]));
     }
-    length = kEps;
-    if (largest == 0) return 0;
-    double squared_scaled = 0;
+    double squared = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
-      scaled[j] = static_cast<float>(static_cast<double>(row[j]) / largest);
-      squared_scaled += static_cast<double>(scaled[j]) * scaled[j];
+      scaled[j] = largest > 0 ? static_cast<float>(static_cast<double>(row[j]) / largest) : 0.0f;
+      squared += static_cast<double>(scaled[j]) * scaled[j];
     }
-    length = std::max(std::sqrt(squared_scaled) * largest, kEps);
+    inverse = static_cast<float>(1 / std::max(std::sqrt(squared) * largest, kEps));
     const float *block[kBlockRows];
-    int32_t slot[kBlockRows];
-    float squared[kBlockRows];
+    int32_t slots[kBlockRows];
+    float unused[kBlockRows];
     std::fill_n(block, kBlockRows, scaled);
-    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, slot, squared);
-    return slot[0];
+    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, nullptr, 0, slots,
+                     unused);
+    slot = slots[0];
   }
 
   const EmaRows &rows_;
   const Bank &bank_;
+  const EmaRowKernels &kernels_;
   const int64_t c_, k_;
   int32_t *assignments_;
-  const EmaRowKernels &kernels_;
-  const int64_t item_ = rows_.type == RowType::float32 ? 4 : 2;
-  const int64_t ahead_ = std::max<int64_t>(kAheadBytes / (rows_.s * item_), 1);
+  const int64_t item_ = item_size(rows_.type);
+  const int64_t ahead_ = std::max<int64_t>(kAheadBytes / (rows_.s * item_), kBlockRows);
 };
 
 }  // namespace
@@ -212,8 +215,9 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
     std::fill_n(mass, slots, 0.0f);
     return;
   }
-  const Bank bank(memory, c, k, s);
-  const Accumulation accumulation(rows, bank, c, k, assignments);
+  const EmaRowKernels &kernels = MOMKD_KERNELS(ema_rows);
+  const Bank bank(memory, c, k, s, kernels.width);
+  const Accumulation accumulation(rows, bank, kernels, c, k, assignments);
   const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), chunks.count));
   std::vector<Walker> walkers;  // made here: nothing may throw inside the parallel region
   for (int i = 0; i < workers; ++i) walkers.emplace_back(c, s, rows.type != RowType::float32);

@@ -3,71 +3,143 @@
 // isn't.
 #include "cpu/ema_scatter_rows.h"
 
+#include <utility>
+
 #include "cpu/simd.h"
 
 namespace momkd {
 namespace {
 
-// kGroup registers of slots by kBlockRows rows fit the register file.
+// Sums of kTile rows by kGroup vectors of slots, in kSplit parts each, fill the register file: enough of them
+// that no sum waits for its last addition.
 #if defined(__AVX512F__)
-constexpr int kGroup = 1;
+constexpr int kTile = 8, kGroup = 1, kSplit = 2;
 #else
-constexpr int kGroup = 2;
+constexpr int kTile = 4, kGroup = 2, kSplit = 1;
 #endif
 static_assert(kLanes % (kWidth * kGroup) == 0, "the padded bank holds whole groups");
+static_assert(kBlockRows % kTile == 0 && kBlockRows % kWidth == 0, "a block holds whole tiles and vectors");
 
-float squared_length(const float *row, int64_t s) {
-  Vec total = {}, other = {};
-  int64_t j = 0;
-  for (; j + 2 * kWidth <= s; j += 2 * kWidth) {
-    const Vec a = Float32::load(row + j);
-    const Vec b = Float32::load(row + j + kWidth);
-    total += a * a;
-    other += b * b;
-  }
-  float rest = 0;
-  for (; j < s; ++j) rest += row[j] * row[j];
-  return sum_lanes(total + other) + rest;
-}
+// Squared lengths in this range are right in float32: nothing overflowed or fell among the subnormal numbers.
+constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
 
-// The best slot so far in each lane: of equal ones the lower, as slots come in rising order.
+// In each lane the best slot so far: of equal ones the lower, where slots come in rising order.
 struct Best {
   Vec value;
   IntVec slot;
 };
 
-inline void keep_better(Best &best, Vec value, IntVec slot) {
-  const IntVec better = value > best.value;
-  best.value = better ? value : best.value;
-  best.slot = better ? slot : best.slot;
+inline Best better(Best lower, Best upper) {
+  const IntVec wins = upper.value > lower.value;
+  return {wins ? upper.value : lower.value, wins ? upper.slot : lower.slot};
 }
 
-inline int32_t lowest_of_best(const Best &best) {
-  const Vec top = fold_lanes(best.value, [](Vec a, Vec b) { return a > b ? a : b; });
-  const IntVec candidate = best.value == top ? best.slot : IntVec{} + INT32_MAX;
-  return fold_lanes(candidate, [](IntVec a, IntVec b) { return a < b ? a : b; })[0];
+// Half of the lanes of a and of b: those without the bit kBit in their number and those with it. a's come to lie where
+// the bit is not set, b's where it is.
+typedef std::make_integer_sequence<int, kWidth> Lanes;
+template <int kBit, typename V, int... kLane>
+inline V lower_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
+  return MOMKD_SHUFFLE2(a, b, (kLane & kBit ? kWidth + kLane - kBit : kLane)...);
+}
+template <int kBit, typename V, int... kLane>
+inline V upper_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
+  return MOMKD_SHUFFLE2(a, b, (kLane & kBit ? kWidth + kLane : kLane + kBit)...);
+}
+template <int kBit>
+inline Best lower_lanes(Best a, Best b, Lanes all) {
+  return {lower_lanes<kBit>(a.value, b.value, all), lower_lanes<kBit>(a.slot, b.slot, all)};
+}
+template <int kBit>
+inline Best upper_lanes(Best a, Best b, Lanes all) {
+  return {upper_lanes<kBit>(a.value, b.value, all), upper_lanes<kBit>(a.slot, b.slot, all)};
+}
+
+// Fold the lanes of each of kWidth vectors together, neighbours first: lane i of the result is vector i's.
+template <int kBit = 1, typename V, typename Fold>
+inline V fold_each(const V *v, Fold fold) {
+  constexpr int kLeft = kWidth / (2 * kBit);
+  V folded[kLeft];
+  for (int i = 0; i < kLeft; ++i)
+    folded[i] = fold(lower_lanes<kBit>(v[2 * i], v[2 * i + 1], Lanes()),
+                     upper_lanes<kBit>(v[2 * i], v[2 * i + 1], Lanes()));
+  if constexpr (kLeft == 1)
+    return folded[0];
+  else
+    return fold_each<2 * kBit>(folded, fold);
+}
+
+// kTile rows against kGroup · kWidth slots; `lane_slots` are the slots of the first vector, `ahead` rows to ask for.
+template <bool kFirst>
+inline void compare(const float *const *rows, int64_t s, const float *column, const float *bias, int64_t padded_k,
+                    IntVec lane_slots, const char *ahead, int64_t ahead_stride, Best *best) {
+  Vec dot[kTile][kGroup][kSplit] = {};
+  for (int i = 0; i < kTile; ++i)
+    for (int g = 0; g < kGroup; ++g) dot[i][g][0] = *reinterpret_cast<const Vec *>(bias + g * kWidth);
+  int64_t j = 0;
+  const auto add_columns = [&](int64_t end) {
+    for (; j < end; j += kSplit)
+      for (int part = 0; part < kSplit; ++part, column += padded_k)
+        for (int i = 0; i < kTile; ++i)
+          for (int g = 0; g < kGroup; ++g)
+            dot[i][g][part] += rows[i][j + part] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+  };
+  if (kFirst && ahead) {
+    const int64_t share = s / (kTile * kSplit) * kSplit;  // of the columns, between one row to ask for and the next
+    for (int i = 0; i < kTile; ++i, ahead += ahead_stride) {
+      for (int64_t byte = 0; byte < s * 4; byte += 64) __builtin_prefetch(ahead + byte);
+      add_columns(j + share);
+    }
+  }
+  add_columns(s / kSplit * kSplit);
+  for (; j < s; ++j, column += padded_k)
+    for (int i = 0; i < kTile; ++i)
+      for (int g = 0; g < kGroup; ++g)
+        dot[i][g][0] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+  for (int i = 0; i < kTile; ++i) {
+    if (kFirst) best[i] = {Vec{} - __builtin_inff(), lane_slots};
+    for (int g = 0; g < kGroup; ++g) {
+      for (int part = 1; part < kSplit; ++part) dot[i][g][0] += dot[i][g][part];
+      best[i] = better(best[i], {dot[i][g][0], lane_slots + g});
+    }
+  }
+}
+
+// The squares of each of kCount rows, summed lane by lane.
+template <int kCount>
+inline void squares(const float *const *rows, int64_t s, Vec *total) {
+  for (int i = 0; i < kCount; ++i) total[i] = Vec{};
+  int64_t j = 0;
+  for (; j + kWidth <= s; j += kWidth)
+    for (int i = 0; i < kCount; ++i) {
+      const Vec a = Float32::load(rows[i] + j);
+      total[i] += a * a;
+    }
+  for (; j < s; ++j)
+    for (int i = 0; i < kCount; ++i) total[i][0] += rows[i][j] * rows[i][j];
 }
 
 void nearest(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
-             int32_t *slot, float *squared) {
+             const char *ahead, int64_t ahead_stride, int32_t *slot, float *inverse) {
+  const int64_t vectors = padded_k / kWidth;
+  const IntVec lane_slots = kIota * static_cast<int32_t>(vectors);
   Best best[kBlockRows];
-  for (Best &b : best) b = {Vec{} - __builtin_inff(), IntVec{}};
-  for (int64_t first = 0; first < padded_k; first += kWidth * kGroup) {
-    Vec dot[kBlockRows][kGroup];
-    for (int i = 0; i < kBlockRows; ++i)
-      for (int g = 0; g < kGroup; ++g) dot[i][g] = *reinterpret_cast<const Vec *>(bias + first + g * kWidth);
-    const float *column = bank + first;
-    for (int64_t j = 0; j < s; ++j, column += padded_k)
-      for (int i = 0; i < kBlockRows; ++i)
-        for (int g = 0; g < kGroup; ++g)
-          dot[i][g] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
-    for (int i = 0; i < kBlockRows; ++i)
-      for (int g = 0; g < kGroup; ++g)
-        keep_better(best[i], dot[i][g], kIota + static_cast<int32_t>(first + g * kWidth));
-  }
-  for (int i = 0; i < kBlockRows; ++i) {
-    slot[i] = lowest_of_best(best[i]);
-    squared[i] = squared_length(rows[i], s);
+  for (int i = 0; i < kBlockRows; i += kTile)
+    compare<true>(rows + i, s, bank, bias, padded_k, lane_slots, ahead ? ahead + i * ahead_stride : ahead,
+                  ahead_stride, best + i);
+  for (int64_t g = kGroup; g < vectors; g += kGroup)
+    for (int i = 0; i < kBlockRows; i += kTile)
+      compare<false>(rows + i, s, bank + g * kWidth, bias + g * kWidth, padded_k,
+                     lane_slots + static_cast<int32_t>(g), nullptr, 0, best + i);
+
+  for (int first = 0; first < kBlockRows; first += kWidth) {
+    Vec square[kWidth];
+    for (int i = 0; i < kWidth; i += 4) squares<4>(rows + first + i, s, square + i);
+    const Vec squared = fold_each(square, [](Vec a, Vec b) { return a + b; });
+    const IntVec nearest = fold_each(best + first, better).slot;
+    for (int i = 0; i < kWidth; ++i) {
+      slot[first + i] = nearest[i];
+      inverse[first + i] = squared[i] >= kSmallest && squared[i] <= kLargest ? 1 / __builtin_sqrtf(squared[i]) : 0;
+    }
   }
 }
 
@@ -92,6 +164,6 @@ void widen(const uint16_t *row, int64_t s, float *out) {
 }  // namespace
 
 extern const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA);
-const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {nearest, add, widen<Float16>, widen<Bfloat16>};
+const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {kWidth, nearest, add, widen<Float16>, widen<Bfloat16>};
 
 }  // namespace momkd

@@ -15,8 +15,10 @@ namespace {
 
 #if defined(__clang__)
 #define MOMKD_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#define MOMKD_SHUFFLE2(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define MOMKD_SHUFFLE(v, ...) __builtin_shuffle(v, IntVec{__VA_ARGS__})
+#define MOMKD_SHUFFLE2(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
 #if defined(__AVX512F__)
