@@ -125,8 +125,9 @@ def applied(
     mean = sums.astype(np.float64) / np.where(mass > 0, mass, 1)[..., None]
     moved = momentum * memory + (1 - momentum) * mean
     norm = np.linalg.norm(moved, axis=-1, keepdims=True)
-    change = (mass > 0)[..., None] & (norm > 1e-12)
-    return np.where(change, moved / np.maximum(norm, 1e-12), memory), momentum * usage + (1 - momentum) * mass
+    least = 1e-5 * (momentum * np.linalg.norm(memory, axis=-1, keepdims=True) + 1 - momentum)
+    change = (mass > 0)[..., None] & (norm > least)
+    return np.where(change, moved / np.where(change, norm, 1), memory), momentum * usage + (1 - momentum) * mass
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kAheadBytes = 4096;
 constexpr double kEps = 1e-12;
+constexpr double kCancelled = 1e-5;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
 
 // An uninitialised array on a cache-line boundary.
@@ -35,8 +36,8 @@ class Buffer {
   float *data_;
 };
 
-// The slots of each class as unit columns, in the order of the kernels: (C, S, padded K), with a bias row (padded K)
-// that rules out the padding.
+// The slots of each class as unit columns, in the order of the kernels: (C, S, padded K), with a bias row
+// (padded K) that rules out the padding.
 struct Bank {
   Bank(const float *memory, int64_t c, int64_t k, int64_t s, int width)
       : s(s), padded_k((k + kLanes - 1) / kLanes * kLanes), columns(c * s * padded_k), bias(padded_k) {
@@ -77,15 +78,19 @@ struct Chunks {
 // What one thread needs to walk a chunk: the rows that wait, by class, until a block of them is full.
 struct Walker {
   Walker(int64_t c, int64_t s, bool widen)
-      : waiting(static_cast<size_t>(c * kBlockRows)),
+      : rows(static_cast<size_t>(c * kBlockRows)),
+        which(static_cast<size_t>(c * kBlockRows)),
         filled(static_cast<size_t>(c)),
-        wide(static_cast<size_t>(widen ? kBlockRows * s : 0)),
+        wide(static_cast<size_t>(widen ? 2 * kBlockRows * s : 0)),
         scaled(static_cast<size_t>(s)) {}
-  std::vector<int64_t> waiting;  // (C, kBlockRows) row numbers
-  std::vector<int> filled;       // (C,)
-  std::vector<float> wide;       // (kBlockRows, S): the block as float32
-  std::vector<float> scaled;     // (S,): a row whose squared length leaves float32
-  int64_t ahead = 0;             // the first row not yet asked for
+  std::vector<const void *> rows;  // (C, kBlockRows)
+  std::vector<int64_t> which;      // (C, kBlockRows), their numbers
+  std::vector<int> filled;         // (C,)
+  std::vector<float> wide;         // (2, kBlockRows, S): a block as float32, and the one before
+  std::vector<float> scaled;       // (S,): a row whose squared length leaves float32
+  EmaAdditions additions;          // of the block before
+  int64_t blocks = 0;
+  int64_t ahead = 0;  // the first row not yet asked for
 };
 
 class Accumulation {
@@ -100,17 +105,22 @@ class Accumulation {
     std::fill_n(mass, c_ * k_, 0.0);
     std::fill(walker.filled.begin(), walker.filled.end(), 0);
     walker.ahead = first;
-    const int64_t *row_class = rows_.row_class, classes = c_;
-    int64_t *waiting = walker.waiting.data();
+    walker.additions.count = 0;
+    const int64_t *row_class = rows_.row_class, classes = c_, stride = rows_.row_stride * item_;
+    const void **waiting = walker.rows.data();
+    int64_t *which = walker.which.data();
     int *filled = walker.filled.data();
-    for (int64_t i = first; i < last; ++i) {
+    const char *row = static_cast<const char *>(rows_.z) + first * stride;
+    for (int64_t i = first; i < last; ++i, row += stride) {
       const int64_t label = row_class[i];
       if (label < 0 || label >= classes) {
         assignments_[i] = -1;
         continue;
       }
       const int count = filled[label]++;
-      waiting[label * kBlockRows + count] = i;
+      const int64_t at = label * kBlockRows + count;
+      waiting[at] = row;
+      which[at] = i;
       if (count == kBlockRows - 1) {
         block(label, kBlockRows, i, walker, sums, mass);
         filled[label] = 0;
@@ -118,59 +128,66 @@ class Accumulation {
     }
     for (int64_t label = 0; label < classes; ++label)
       if (filled[label]) block(label, filled[label], last, walker, sums, mass);
+    kernels_.add(walker.additions, rows_.s);
   }
 
  private:
-  const float *row(int64_t i, float *wide) const {
-    const int64_t at = i * rows_.row_stride;
-    if (rows_.type == RowType::float32) return static_cast<const float *>(rows_.z) + at;
-    const uint16_t *from = static_cast<const uint16_t *>(rows_.z) + at;
-    (rows_.type == RowType::float16 ? kernels_.widen_float16 : kernels_.widen_bfloat16)(from, rows_.s, wide);
-    return wide;
-  }
-
-  // The rows that wait for class `label`; `now` is the row that the walker has come to.
+  // The rows that wait for class `label`; `now` is the row that the walker has come to. They are added during
+  // the next block.
   void block(int64_t label, int count, int64_t now, Walker &walker, float *sums, double *mass) const {
-    const int64_t *which = walker.waiting.data() + label * kBlockRows, s = rows_.s;
+    const int64_t *which = walker.which.data() + label * kBlockRows, s = rows_.s;
+    const void *const *from = walker.rows.data() + label * kBlockRows;
     const float *row_at[kBlockRows];
-    for (int i = 0; i < count; ++i) row_at[i] = row(which[i], walker.wide.data() + i * s);
+    if (rows_.type == RowType::float32) {
+      for (int i = 0; i < count; ++i) row_at[i] = static_cast<const float *>(from[i]);
+    } else {
+      const auto widen = rows_.type == RowType::float16 ? kernels_.widen_float16 : kernels_.widen_bfloat16;
+      float *wide = walker.wide.data() + (walker.blocks++ & 1) * kBlockRows * s;
+      for (int i = 0; i < count; ++i, wide += s) {
+        widen(static_cast<const uint16_t *>(from[i]), s, wide);
+        row_at[i] = wide;
+      }
+    }
     for (int i = count; i < kBlockRows; ++i) row_at[i] = row_at[0];
 
     // Rows wait for others of their class, so the processor sees no simple stream: say what comes.
     walker.ahead = std::max(walker.ahead, now + ahead_);
-    const int64_t row_bytes = rows_.row_stride * item_;
+    const int64_t stride = rows_.row_stride * item_;
     const bool more = walker.ahead + kBlockRows <= rows_.n;
-    const char *ahead = more ? static_cast<const char *>(rows_.z) + walker.ahead * row_bytes : nullptr;
+    const char *ahead = more ? static_cast<const char *>(rows_.z) + walker.ahead * stride : nullptr;
     walker.ahead += kBlockRows;
 
     int32_t slot[kBlockRows];
     float inverse[kBlockRows];  // of the length
-    kernels_.nearest(row_at, s, bank_.of(label), bank_.bias.get(), bank_.padded_k, ahead, row_bytes, slot, inverse);
+    EmaAdditions &additions = walker.additions;
+    kernels_.nearest(row_at, s, bank_.of(label), bank_.bias.get(), bank_.padded_k, &additions, ahead, stride,
+                     s * item_, slot, inverse);
 
     int32_t *const assignments = assignments_;
     const float *const weights = rows_.weights;
     const bool normalize = rows_.normalize;
-    const int64_t first_slot = label * k_;
+    float *const bank_sums = sums + label * k_ * s;
+    double *const bank_mass = mass + label * k_;
     int adding = 0;
-    const float *add_row[kBlockRows];
-    float scale[kBlockRows];
-    float *target[kBlockRows];
     for (int i = 0; i < count; ++i) {
       if (inverse[i] == 0) careful(row_at[i], label, walker.scaled.data(), slot[i], inverse[i]);
       assignments[which[i]] = slot[i];
-      const float weight = weights ? weights[which[i]] : 1.0f;
-      if (slot[i] < 0 || !(weight > 0) || std::isinf(weight)) continue;
-      const int64_t at = first_slot + slot[i];
-      mass[at] += weight;
-      add_row[adding] = row_at[i];
-      scale[adding] = normalize ? weight * inverse[i] : weight;
-      target[adding++] = sums + at * s;
+      float weight = 1;
+      if (weights) {
+        weight = weights[which[i]];
+        if (!(weight > 0 && weight <= std::numeric_limits<float>::max())) continue;
+      }
+      if (slot[i] < 0) continue;
+      bank_mass[slot[i]] += weight;
+      additions.row[adding] = row_at[i];
+      additions.scale[adding] = normalize ? weight * inverse[i] : weight;
+      additions.target[adding++] = bank_sums + slot[i] * s;
     }
-    kernels_.add(adding, add_row, scale, s, target);
+    additions.count = adding;
   }
 
-  // The slot of a row that is zero, tiny, huge or not finite (−1), and 1 / max(length, 1e-12), through the row scaled
-  // to size 1.
+  // The slot of a row that is zero, tiny, huge or not finite (−1), and 1 / max(length, 1e-12), through the
+  // row scaled to size 1.
   void careful(const float *row, int64_t label, float *scaled, int32_t &slot, float &inverse) const {
     float largest = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
@@ -190,8 +207,8 @@ class Accumulation {
     int32_t slots[kBlockRows];
     float unused[kBlockRows];
     std::fill_n(block, kBlockRows, scaled);
-    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, nullptr, 0, slots,
-                     unused);
+    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, nullptr, nullptr, 0,
+                     0, slots, unused);
     slot = slots[0];
   }
 
@@ -267,13 +284,15 @@ void ema_apply(float *memory, float *usage, const float *sums, const float *mass
     float *vector = memory + slot * s;
     const float *total = sums + slot * s;
     const double take = (1 - momentum) / received;
-    double squared = 0;
+    double squared = 0, squared_before = 0;
     for (int64_t j = 0; j < s; ++j) {
-      const double moved = momentum * vector[j] + take * total[j];
+      const double before = vector[j], moved = momentum * before + take * total[j];
       squared += moved * moved;
+      squared_before += before * before;
     }
     const double length = std::sqrt(squared);
-    if (!(length > kEps)) continue;  // the mean cancels the slot, or is not a number: keep what was there
+    const double least = kCancelled * (momentum * std::sqrt(squared_before) + (1 - momentum));
+    if (!(length > least)) continue;  // nothing is left but rounding, or it is not a number: keep what was there
     for (int64_t j = 0; j < s; ++j)
       vector[j] = static_cast<float>((momentum * vector[j] + take * total[j]) / length);
   }

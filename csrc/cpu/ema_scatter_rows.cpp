@@ -34,8 +34,8 @@ inline Best better(Best lower, Best upper) {
   return {wins ? upper.value : lower.value, wins ? upper.slot : lower.slot};
 }
 
-// Half of the lanes of a and of b: those without the bit kBit in their number and those with it. a's come to lie where
-// the bit is not set, b's where it is.
+// Half of the lanes of a and of b: those without the bit kBit in their number and those with it. a's come to
+// lie where the bit is not set, b's where it is.
 typedef std::make_integer_sequence<int, kWidth> Lanes;
 template <int kBit, typename V, int... kLane>
 inline V lower_lanes(V a, V b, std::integer_sequence<int, kLane...>) {
@@ -68,33 +68,62 @@ inline V fold_each(const V *v, Fold fold) {
     return fold_each<2 * kBit>(folded, fold);
 }
 
-// kTile rows against kGroup · kWidth slots; `lane_slots` are the slots of the first vector, `ahead` rows to ask for.
+// What is left of a row after its whole vectors: apart, as it would grow to many branches in the loops over
+// rows.
+__attribute__((noinline)) void add_rest(const float *row, float scale, int64_t j, int64_t s, float *out) {
+  for (; j < s; ++j) out[j] += scale * row[j];
+}
+
+__attribute__((noinline)) float squares_of_rest(const float *row, int64_t j, int64_t s) {
+  float sum = 0;
+  for (; j < s; ++j) sum += row[j] * row[j];
+  return sum;
+}
+
+inline void add_row(const EmaAdditions &additions, int i, int64_t s) {
+  const float *row = additions.row[i], scale = additions.scale[i];
+  float *out = additions.target[i];
+  int64_t j = 0;
+#pragma GCC unroll 1
+  for (; j + kWidth <= s; j += kWidth)
+    Float32::store(out + j, Float32::load(out + j) + scale * Float32::load(row + j));
+  if (j < s) add_rest(row, scale, j, s, out);
+}
+
+void add(const EmaAdditions &additions, int64_t s) {
+  for (int i = 0; i < additions.count; ++i) add_row(additions, i, s);
+}
+
+// The squares of a row, summed lane by lane.
+inline Vec squares(const float *row, int64_t s) {
+  Vec total = {};
+  int64_t j = 0;
+#pragma GCC unroll 1
+  for (; j + kWidth <= s; j += kWidth) {
+    const Vec a = Float32::load(row + j);
+    total += a * a;
+  }
+  if (j < s) total[0] += squares_of_rest(row, j, s);
+  return total;
+}
+
+// kTile rows against kGroup · kWidth slots, of which `lane_slots` are in the first vector.
 template <bool kFirst>
-inline void compare(const float *const *rows, int64_t s, const float *column, const float *bias, int64_t padded_k,
-                    IntVec lane_slots, const char *ahead, int64_t ahead_stride, Best *best) {
+inline void compare(const float *const *rows, int64_t s, const float *column, const float *bias,
+                    int64_t padded_k, IntVec lane_slots, Best *best) {
   Vec dot[kTile][kGroup][kSplit] = {};
   for (int i = 0; i < kTile; ++i)
     for (int g = 0; g < kGroup; ++g) dot[i][g][0] = *reinterpret_cast<const Vec *>(bias + g * kWidth);
-  int64_t j = 0;
-  const auto add_columns = [&](int64_t end) {
-    for (; j < end; j += kSplit)
-      for (int part = 0; part < kSplit; ++part, column += padded_k)
-        for (int i = 0; i < kTile; ++i)
-          for (int g = 0; g < kGroup; ++g)
-            dot[i][g][part] += rows[i][j + part] * *reinterpret_cast<const Vec *>(column + g * kWidth);
-  };
-  if (kFirst && ahead) {
-    const int64_t share = s / (kTile * kSplit) * kSplit;  // of the columns, between one row to ask for and the next
-    for (int i = 0; i < kTile; ++i, ahead += ahead_stride) {
-      for (int64_t byte = 0; byte < s * 4; byte += 64) __builtin_prefetch(ahead + byte);
-      add_columns(j + share);
-    }
-  }
-  add_columns(s / kSplit * kSplit);
-  for (; j < s; ++j, column += padded_k)
+  const auto add_column = [&](int64_t j, int part) {
     for (int i = 0; i < kTile; ++i)
       for (int g = 0; g < kGroup; ++g)
-        dot[i][g][0] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+        dot[i][g][part] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+    column += padded_k;
+  };
+  int64_t j = 0;
+  for (; j + kSplit <= s; j += kSplit)
+    for (int part = 0; part < kSplit; ++part) add_column(j + part, part);
+  for (; j < s; ++j) add_column(j, 0);
   for (int i = 0; i < kTile; ++i) {
     if (kFirst) best[i] = {Vec{} - __builtin_inff(), lane_slots};
     for (int g = 0; g < kGroup; ++g) {
@@ -104,53 +133,37 @@ inline void compare(const float *const *rows, int64_t s, const float *column, co
   }
 }
 
-// The squares of each of kCount rows, summed lane by lane.
-template <int kCount>
-inline void squares(const float *const *rows, int64_t s, Vec *total) {
-  for (int i = 0; i < kCount; ++i) total[i] = Vec{};
-  int64_t j = 0;
-  for (; j + kWidth <= s; j += kWidth)
-    for (int i = 0; i < kCount; ++i) {
-      const Vec a = Float32::load(rows[i] + j);
-      total[i] += a * a;
-    }
-  for (; j < s; ++j)
-    for (int i = 0; i < kCount; ++i) total[i][0] += rows[i][j] * rows[i][j];
-}
-
 void nearest(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
-             const char *ahead, int64_t ahead_stride, int32_t *slot, float *inverse) {
+             const EmaAdditions *additions, const char *ahead, int64_t ahead_stride, int64_t row_bytes,
+             int32_t *slot, float *inverse) {
   const int64_t vectors = padded_k / kWidth;
   const IntVec lane_slots = kIota * static_cast<int32_t>(vectors);
   Best best[kBlockRows];
-  for (int i = 0; i < kBlockRows; i += kTile)
-    compare<true>(rows + i, s, bank, bias, padded_k, lane_slots, ahead ? ahead + i * ahead_stride : ahead,
-                  ahead_stride, best + i);
+  Vec square[kBlockRows];
+  const int adding = additions ? additions->count : 0;
+  for (int first = 0; first < kBlockRows; first += kTile) {
+    for (int i = first; i < first + kTile; ++i) {
+      if (ahead)
+        for (int64_t byte = 0; byte < row_bytes; byte += 64)
+          __builtin_prefetch(ahead + i * ahead_stride + byte);
+      if (i < adding) add_row(*additions, i, s);
+      square[i] = squares(rows[i], s);
+    }
+    compare<true>(rows + first, s, bank, bias, padded_k, lane_slots, best + first);
+  }
   for (int64_t g = kGroup; g < vectors; g += kGroup)
     for (int i = 0; i < kBlockRows; i += kTile)
       compare<false>(rows + i, s, bank + g * kWidth, bias + g * kWidth, padded_k,
-                     lane_slots + static_cast<int32_t>(g), nullptr, 0, best + i);
+                     lane_slots + static_cast<int32_t>(g), best + i);
 
   for (int first = 0; first < kBlockRows; first += kWidth) {
-    Vec square[kWidth];
-    for (int i = 0; i < kWidth; i += 4) squares<4>(rows + first + i, s, square + i);
-    const Vec squared = fold_each(square, [](Vec a, Vec b) { return a + b; });
+    const Vec squared = fold_each(square + first, [](Vec a, Vec b) { return a + b; });
     const IntVec nearest = fold_each(best + first, better).slot;
     for (int i = 0; i < kWidth; ++i) {
       slot[first + i] = nearest[i];
-      inverse[first + i] = squared[i] >= kSmallest && squared[i] <= kLargest ? 1 / __builtin_sqrtf(squared[i]) : 0;
+      inverse[first + i] =
+          squared[i] >= kSmallest && squared[i] <= kLargest ? 1 / __builtin_sqrtf(squared[i]) : 0;
     }
-  }
-}
-
-void add(int count, const float *const *rows, const float *scale, int64_t s, float *const *target) {
-  for (int i = 0; i < count; ++i) {
-    const float *row = rows[i];
-    float *out = target[i];
-    int64_t j = 0;
-    for (; j + kWidth <= s; j += kWidth)
-      *reinterpret_cast<LooseVec *>(out + j) += scale[i] * Float32::load(row + j);
-    for (; j < s; ++j) out[j] += scale[i] * row[j];
   }
 }
 
@@ -164,6 +177,7 @@ void widen(const uint16_t *row, int64_t s, float *out) {
 }  // namespace
 
 extern const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA);
-const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {kWidth, nearest, add, widen<Float16>, widen<Bfloat16>};
+const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {kWidth, nearest, add, widen<Float16>,
+                                                          widen<Bfloat16>};
 
 }  // namespace momkd
