@@ -144,7 +144,7 @@ def ema_scatter_(
         usage: (C, K) contiguous float32, changed in place: the moving average of the mass a slot receives a call.
         z: (N, S) any float dtype; N = 0 only lets usage fade. A row with a NaN or an infinity is skipped (assignment
             −1): `((assignments < 0) & (row_class >= 0)).sum()` says how many there were.
-        row_class: (N,) int64; −1 skips the row. Another value outside the memory is an error on the CPU; on a GPU, where
+        row_class: (N,) int64; −1 skips the row. Another value outside the memory is an error on the CPU; on a GPU, as
             looking would wait for the device, it skips the row too.
         momentum: m in [0, 1]; 1 leaves a memory of unit vectors as it is.
         weights: (N,) any float dtype; None is 1 for every row. Zero, negative and non-finite ones bring no mass; their
