@@ -106,7 +106,7 @@ struct Bfloat16 {
   }
   static void store_one(uint16_t *at, float v) {
     uint16_t all[kWidth];
-    store(all, Vec{} + v);
+    store(all, v - Vec{});  // the sum would lose the sign of −0
     *at = all[0];
   }
 };
@@ -134,7 +134,7 @@ struct Float16 {
   static float load_one(const uint16_t *at) { return widen(BitVec{} + *at)[0]; }
   static void store_one(uint16_t *at, float v) {
     uint16_t all[kWidth];
-    store(all, Vec{} + v);
+    store(all, v - Vec{});  // the sum would lose the sign of −0
     *at = all[0];
   }
 };
