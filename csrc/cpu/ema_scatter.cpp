@@ -254,7 +254,7 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
                          partial_sums.get() + i * slots * s, partial_mass.get() + i * slots);
 
     // The partial sums of each slot in the order of the chunks.
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t slot = 0; slot < slots; ++slot) {
       double total = 0;
       for (int64_t i = 0; i < chunks.count; ++i) total += partial_mass[static_cast<size_t>(i * slots + slot)];
