@@ -17,7 +17,7 @@
 namespace momkd {
 namespace {
 
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 8192;
 constexpr double kEps = 1e-12;
 constexpr double kCancelled = 1e-5;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
@@ -292,7 +292,8 @@ void ema_apply(float *memory, float *usage, const float *sums, const float *mass
     }
     const double length = std::sqrt(squared);
     const double least = kCancelled * (momentum * std::sqrt(squared_before) + (1 - momentum));
-    if (!(length > least)) continue;  // nothing is left but rounding, or it is not a number: keep what was there
+    if (!(length > least))
+      continue;  // nothing is left but rounding, or it is not a number: keep what was there
     for (int64_t j = 0; j < s; ++j)
       vector[j] = static_cast<float>((momentum * vector[j] + take * total[j]) / length);
   }

@@ -143,9 +143,9 @@ void nearest(const float *const *rows, int64_t s, const float *bank, const float
   const int adding = additions ? additions->count : 0;
   for (int first = 0; first < kBlockRows; first += kTile) {
     for (int i = first; i < first + kTile; ++i) {
-      if (ahead)
+      if (ahead)  // past the larger caches: rows are read once, and what lies there is still wanted
         for (int64_t byte = 0; byte < row_bytes; byte += 64)
-          __builtin_prefetch(ahead + i * ahead_stride + byte);
+          __builtin_prefetch(ahead + i * ahead_stride + byte, 0, 0);
       if (i < adding) add_row(*additions, i, s);
       square[i] = squares(rows[i], s);
     }
