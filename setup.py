@@ -5,7 +5,8 @@ outlives pip's temporary ones: a second build does nothing, a changed file costs
 torch's headers, so the build environment is setuptools, pybind11 and ninja.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; MOMKD_NO_EXT=1 (pure Python); MOMKD_NO_CUDA=1 (no `_cuda`);
-MOMKD_REQUIRE_CUDA=1 (fail rather than go without `_cuda`); MOMKD_CUDA_ARCHS ("80;90;100").
+MOMKD_REQUIRE_CUDA=1 (fail rather than go without `_cuda`); MOMKD_CUDA_ARCHS ("80;90;100"); MOMKD_SANITIZE
+("address,undefined": `_C` with these sanitizers of the compiler, in a build folder of its own).
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+SANITIZE = os.environ.get("MOMKD_SANITIZE", "").strip()
+BUILD = (
+    ROOT
+    / "build"
+    / "-".join([sysconfig.get_platform(), sys.implementation.cache_tag, *filter(None, SANITIZE.split(","))])
+)
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 DEFAULT_ARCHS = "80;90;100"
 
@@ -143,10 +149,13 @@ def write_ninja(tools: Toolchain, version: str, nvcc: str | None) -> None:
     def words(arguments: list[str]) -> str:
         return escape(shlex.join(arguments))
 
+    sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
     environment = {name: shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS")}
     shared = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
     system = ["-isystem", str(staged_pybind11()), "-isystem", tools.python]
     link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+    if SANITIZE:
+        shared = [*shared, *sanitize, "-O1", "-g", "-fno-omit-frame-pointer"]
     cxxflags = [*shared, *tools.openmp, f"-I{ROOT / 'csrc'}", *system, *environment["CXXFLAGS"]]
 
     text = StringIO()
@@ -155,7 +164,7 @@ def write_ninja(tools: Toolchain, version: str, nvcc: str | None) -> None:
     n.variable("ninja_required_version", "1.5")
     n.variable("cxx", words(tools.cxx))
     n.variable("cxxflags", words(cxxflags))
-    n.variable("ldflags", words([*link, *tools.openmp, *environment["LDFLAGS"]]))
+    n.variable("ldflags", words([*link, *tools.openmp, *sanitize, *environment["LDFLAGS"]]))
     depfile = {"depfile": "$out.d", "deps": "gcc"}
     n.rule("cxx", "$cxx $cxxflags $extra -MMD -MF $out.d -c $in -o $out", description="C++ $out", **depfile)
     n.rule("link", "$cxx $in $ldflags -o $out", description="link $out")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,8 +128,9 @@ def applied(
     mean = sums.astype(np.float64) / np.where(mass > 0, mass, 1)[..., None]
     moved = momentum * memory + (1 - momentum) * mean
     norm = np.linalg.norm(moved, axis=-1, keepdims=True)
-    change = (mass > 0)[..., None] & (norm > 1e-12)
-    return np.where(change, moved / np.maximum(norm, 1e-12), memory), momentum * usage + (1 - momentum) * mass
+    least = 1e-5 * (momentum * np.linalg.norm(memory, axis=-1, keepdims=True) + 1 - momentum)
+    change = (mass > 0)[..., None] & (norm > least)
+    return np.where(change, moved / np.where(change, norm, 1), memory), momentum * usage + (1 - momentum) * mass
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
@@ -331,6 +335,26 @@ def test_wrong_numbers_raise() -> None:
         bad[position] = value
         with pytest.raises(ValueError, match=message):
             _C.ema_accumulate(*bad)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_torch_and_the_kernels_share_one_openmp() -> None:
+    """Two runtimes would be two pools of threads, of which one spins while the other works."""
+    program = """
+import torch
+from momkd import functional
+memory = torch.randn(2, 3, 4)
+rows, labels = torch.randn(5000, 4), torch.zeros(5000, dtype=torch.int64)
+functional.ema_scatter_(memory, torch.zeros(2, 3), rows, labels, momentum=0.9, backend="native")
+torch.relu(torch.randn(500, 500) @ torch.randn(500, 500))
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+print(*sorted(p for p in paths if any(name in p for name in ("libgomp", "libomp", "libiomp"))))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if _C.build_info()["openmp"] is None:
+        pytest.skip("built without OpenMP")
+    assert len(done.stdout.split()) == 1, done.stdout
 
 
 def test_build_info() -> None:

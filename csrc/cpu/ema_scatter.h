@@ -2,7 +2,8 @@
 //
 //   k_i  = arg-max_k cos(z_i, M[c_i, k])             ties: the lowest k; a zero row: 0
 //   sums[c, k] = Σ w_i z_i,  mass[c, k] = Σ w_i      over the rows of class c that chose k
-//   M[c, k] ← normalise(m M[c, k] + (1 − m) sums / mass)   where mass > 0, else bit for bit the same
+//   M[c, k] ← normalise(v), v = m M[c, k] + (1 − m) sums / mass,
+//             where mass > 0 and |v| > 1e-5 (m |M[c, k]| + 1 − m); else bit for bit the same
 //   usage   ← m usage + (1 − m) mass
 #pragma once
 

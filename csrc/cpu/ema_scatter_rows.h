@@ -7,17 +7,30 @@
 namespace momkd {
 
 constexpr int kLanes = 16;  // slots side by side in a vector; a class's bank is padded to a multiple of it
-constexpr int kBlockRows =
-    6;  // rows of one class at a time: 6 × 16 sums fit the registers of AVX2 and of AVX-512
+constexpr int kBlockRows = 16;  // rows of one class at a time
+
+// Rows to be added: target[i][0:S] += scale[i] · row[i][0:S] for i < count.
+struct EmaAdditions {
+  int count = 0;
+  const float *row[kBlockRows];
+  float scale[kBlockRows];
+  float *target[kBlockRows];
+};
 
 struct EmaRowKernels {
-  // For each of kBlockRows rows the nearest slot and the squared length.
-  //   bank   (S, padded K), 64-byte aligned: unit slots, transposed
-  //   bias   (padded K), 64-byte aligned: 0 for a slot, −inf for padding
+  // Lanes of a vector. Of the padded K / width = G vectors of a bank, slot k is lane k / G of vector k % G.
+  int width;
+  // For each of kBlockRows rows the nearest slot, and 1 / length: 0 where that is not right, as the square of
+  // the length is not a number, infinite or among the subnormal ones. Between the products, which keep other
+  // parts of the processor busy, it adds what is left from before and asks for rows that come soon.
+  //   bank       (S, padded K), 64-byte aligned: unit slots, transposed
+  //   bias       (padded K), 64-byte aligned: 0 for a slot, −inf for padding
+  //   additions  or null
+  //   ahead      kBlockRows rows of `row_bytes`, `ahead_stride` bytes apart; or null
   void (*nearest)(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
-                  int32_t *slot, float *squared);
-  // target[i][0:S] += scale[i] · rows[i][0:S] for i < count.
-  void (*add)(int count, const float *const *rows, const float *scale, int64_t s, float *const *target);
+                  const EmaAdditions *additions, const char *ahead, int64_t ahead_stride, int64_t row_bytes,
+                  int32_t *slot, float *inverse);
+  void (*add)(const EmaAdditions &additions, int64_t s);
   // One row of float16 or bfloat16 to float32.
   void (*widen_float16)(const uint16_t *row, int64_t s, float *out);
   void (*widen_bfloat16)(const uint16_t *row, int64_t s, float *out);

@@ -15,8 +15,10 @@ namespace {
 
 #if defined(__clang__)
 #define MOMKD_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#define MOMKD_SHUFFLE2(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define MOMKD_SHUFFLE(v, ...) __builtin_shuffle(v, IntVec{__VA_ARGS__})
+#define MOMKD_SHUFFLE2(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
 #endif
 
 #if defined(__AVX512F__)
@@ -104,7 +106,7 @@ struct Bfloat16 {
   }
   static void store_one(uint16_t *at, float v) {
     uint16_t all[kWidth];
-    store(all, Vec{} + v);
+    store(all, v - Vec{});  // the sum would lose the sign of −0
     *at = all[0];
   }
 };
@@ -132,7 +134,7 @@ struct Float16 {
   static float load_one(const uint16_t *at) { return widen(BitVec{} + *at)[0]; }
   static void store_one(uint16_t *at, float v) {
     uint16_t all[kWidth];
-    store(all, Vec{} + v);
+    store(all, v - Vec{});  // the sum would lose the sign of −0
     *at = all[0];
   }
 };

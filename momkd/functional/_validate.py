@@ -67,10 +67,11 @@ def labels(name: str, tensor: Tensor, rows: int, classes: int) -> None:
         raise ValueError(f"{name}: expected int64, got {tensor.dtype}; use {name}.long()")
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
-    low, high = int(tensor.min()), int(tensor.max())
+    low, high = (int(end) for end in tensor.aminmax())
     if low < -1 or high >= classes:
         bad = high if high >= classes else low
-        raise ValueError(f"{name}: expected 0 to {classes - 1}, or -1 for none, got {bad}")
+        first = int((tensor == bad).nonzero()[0])
+        raise ValueError(f"{name}: expected 0 to {classes - 1}, or -1 for none, got {bad} at index {first}")
 
 
 def fraction(name: str, value: float, *, below_one: bool = False) -> None:
@@ -82,6 +83,14 @@ def fraction(name: str, value: float, *, below_one: bool = False) -> None:
 def positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def generator(generator: torch.Generator | None) -> None:
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator: expected one on the CPU, so that every device draws the same, got {generator.device}; "
+            "use torch.Generator()"
+        )
 
 
 def choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -136,19 +136,23 @@ def ema_scatter_(
     """Move the memory in place: every row into the nearest slot of its own class, by an exponential moving average.
 
     k_i = arg-max_k cos(z_i, M[c_i, k]); for every slot that received mass
-    M ← normalise(m · M + (1 − m) · Σ w_i z_i / Σ w_i); for all slots usage ← m · usage + (1 − m) · Σ w_i.
+    M ← normalise(v), v = m · M + (1 − m) · Σ w_i z_i / Σ w_i; for all slots usage ← m · usage + (1 − m) · Σ w_i.
 
     Args:
-        memory: (C, K, S) contiguous float32, changed in place. A slot that received nothing keeps its bits.
+        memory: (C, K, S) contiguous float32, changed in place. A slot that received nothing keeps its bits, and so does
+            one where v has cancelled to rounding: |v| ≤ 1e-5 · (m · |M| + 1 − m).
         usage: (C, K) contiguous float32, changed in place: the moving average of the mass a slot receives a call.
-        z: (N, S) any float dtype. A row with a NaN or an infinity is skipped (assignment −1).
-        row_class: (N,) int64; −1 skips the row.
-        momentum: m in [0, 1]; 1 leaves everything as it is.
-        weights: (N,) any float dtype; None is 1 for every row. Zero, negative and non-finite ones bring no mass.
-        normalize: scale rows to unit length first; False takes them as they are.
+        z: (N, S) any float dtype; N = 0 only lets usage fade. A row with a NaN or an infinity is skipped (assignment
+            −1): `((assignments < 0) & (row_class >= 0)).sum()` says how many there were.
+        row_class: (N,) int64; −1 skips the row. Another value outside the memory is an error on the CPU; on a GPU, as
+            looking would wait for the device, it skips the row too.
+        momentum: m in [0, 1]; 1 leaves a memory of unit vectors as it is.
+        weights: (N,) any float dtype; None is 1 for every row. Zero, negative and non-finite ones bring no mass; their
+            rows still get an assignment.
+        normalize: scale rows to unit length first; False takes them as they are, of about unit length.
         reseed_below: after the update, give slots with less usage than this the vector of a row of their class, drawn
-            by weight (this waits for the device). None: never.
-        generator: of those draws, on the CPU.
+            by weight, as `reseed_` does (this waits for the device). None: never.
+        generator: of those draws, on the CPU: with the same one, every device draws the same rows.
         backend: None for the best that can run, or a name of `momkd.dispatch.BACKENDS`.
 
     Returns:
@@ -160,12 +164,16 @@ def ema_scatter_(
     Example:
         >>> memory = torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1)
         >>> usage = torch.zeros(2, 3)
-        >>> ema_scatter_(memory, usage, torch.randn(5, 4), torch.tensor([0, 1, 1, -1, 0]), momentum=0.9).shape
-        torch.Size([5])
+        >>> z, row_class = torch.randn(5, 4), torch.tensor([0, 1, 1, -1, 0])
+        >>> z[1, 2] = torch.nan
+        >>> assignments = ema_scatter_(memory, usage, z, row_class, momentum=0.9)
+        >>> int(((assignments < 0) & (row_class >= 0)).sum())
+        1
     """
     _check_bank(memory, usage, momentum)
     _check_rows(memory, z, row_class, weights)
     check.same_device("memory", memory, usage=usage)
+    check.generator(generator)
     z = z.detach()
     assignments: Tensor = ops.ema_scatter_(
         memory, usage, z, row_class, weights, float(momentum), normalize, backend or ""
@@ -231,21 +239,33 @@ def reseed_(
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Replace slots that are hardly used by rows of their class, drawn by weight.
+    """Replace slots that are hardly used by rows of their class, drawn by weight, none twice.
 
     Args:
-        memory, usage, z, row_class, weights: as in `ema_scatter_`.
-        threshold: slots with less usage than this are replaced; their usage becomes the mean of their class.
-        generator: of the draws, on the CPU.
+        memory, usage, z, row_class, weights: as in `ema_scatter_`. Rows with a value that is not finite, zero rows and
+            rows whose weight is not a positive number are never drawn.
+        threshold: slots with less usage than this are replaced by a row scaled to unit length; their usage becomes the
+            mean of their class, so that they are not replaced again at once.
+        generator: of the draws, on the CPU: with the same one, every device draws the same rows.
 
     Returns:
-        (C, K) bool, the slots replaced. A class without candidate rows keeps its slots. Waits for the device.
+        (C, K) bool, the slots replaced, on the memory's device. A class with fewer such rows than slots to replace
+        gives its first slots what it has; one without any keeps its slots. Waits for the device.
 
     Raises:
-        ValueError: as in `ema_scatter_`.
+        ValueError: as in `ema_scatter_`; nothing has been changed then.
+
+    Example:
+        >>> memory, usage = torch.eye(3).view(1, 3, 3).clone(), torch.tensor([[1.0, 0.0, 1.0]])
+        >>> reseed_(memory, usage, torch.tensor([[0.0, 3.0, 4.0]]), torch.tensor([0]), threshold=0.1)
+        tensor([[False,  True, False]])
+        >>> memory[0, 1]
+        tensor([0.0000, 0.6000, 0.8000])
     """
     _check_bank(memory, usage, 0.0)
     _check_rows(memory, z, row_class, weights)
+    check.same_device("memory", memory, usage=usage)
+    check.generator(generator)
     return reference.reseed_(memory, usage, z.detach(), row_class, weights, threshold, generator)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def naive_apply(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momen
     out = memory.double().clone()
     for c, k in mass.nonzero().tolist():
         moved = momentum * out[c, k] + (1 - momentum) * sums[c, k].double() / mass[c, k].double()
-        if moved.norm() > 1e-12:
+        if moved.norm() > 1e-5 * (momentum * out[c, k].norm() + 1 - momentum):
             out[c, k] = moved / moved.norm()
     return out, momentum * usage.double() + (1 - momentum) * mass.double()
 
@@ -148,6 +150,14 @@ def test_rows_that_are_not_finite_are_skipped(backend: str) -> None:
         assert torch.equal(a, b), "as if they were not there"
 
 
+def test_skipped_rows_can_be_counted(backend: str) -> None:
+    case = Case(90, 2, 5, 7)
+    case.z[3, 2], case.z[17], case.z[40, 0] = torch.nan, torch.inf, -torch.inf
+    case.row_class[[3, 17, 40, 41]] = torch.tensor([0, 1, 1, -1])
+    _, _, slots = check(case, 0.9, backend)
+    assert ((slots < 0) & (case.row_class >= 0)).sum() == 3
+
+
 def test_no_row_counts(backend: str) -> None:
     case = Case(20, 3, 4, 5)
     case.row_class[:] = -1
@@ -199,13 +209,26 @@ def test_slots_that_received_nothing_keep_their_bits(backend: str) -> None:
     assert_close(memory[touched].norm(dim=-1), torch.ones(int(touched.sum())), FORWARD)
 
 
-def test_a_mean_that_cancels_keeps_the_slot(backend: str) -> None:
-    case = Case(2, 1, 1, 4)
-    case.normalize = False  # a normalised row and its opposite cancel to a rounding error where products are fused
-    case.z, case.row_class = torch.stack([case.z[0], -case.z[0]]), torch.zeros(2, dtype=torch.int64)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("pairs", [1, 7, 500])
+def test_rows_that_cancel_keep_the_slot(backend: str, normalize: bool, pairs: int) -> None:
+    """What rounding leaves of rows and their opposites is no direction."""
+    case = Case(pairs, 1, 1, 33)
+    case.normalize, case.weights = normalize, torch.rand(pairs).repeat(2)
+    case.z, case.row_class = torch.cat([case.z, -case.z]), torch.zeros(2 * pairs, dtype=torch.int64)
     memory, usage, _ = case.scatter(0.0, backend)
     assert torch.equal(memory, case.memory)
-    assert usage.tolist() == [[2.0]]
+    assert float(usage) == pytest.approx(float(case.weights.sum()))
+    case.memory, case.usage = memory, usage  # and a row that cancels the slot itself
+    case.z, case.row_class, case.weights = -memory[0], torch.zeros(1, dtype=torch.int64), None
+    assert torch.equal(case.scatter(0.5, backend)[0], case.memory)
+
+
+def test_a_short_mean_is_a_direction_all_the_same(backend: str) -> None:
+    case = Case(2, 1, 1, 2)
+    case.z, case.row_class = torch.tensor([[1.0, 1e-4], [-1.0, 1e-4]]), torch.zeros(2, dtype=torch.int64)
+    memory, _, _ = check(case, 0.0, backend)
+    assert_close(memory[0, 0], torch.tensor([0.0, 1.0]), FORWARD)
 
 
 def test_momentum_of_zero_and_one(backend: str) -> None:
@@ -412,6 +435,22 @@ def test_reseed_is_the_generators_alone() -> None:
     assert not torch.equal(draw(1), draw(2))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_reseed_draws_the_same_on_every_device() -> None:
+    case = Case(400, 3, 8, 16)
+    case.usage[:, ::2], weights = 0, torch.rand(400)
+    results = []
+    for device in ("cpu", "cuda"):
+        given = [t.to(device, copy=True) for t in (case.memory, case.usage, case.z, case.row_class)]
+        draw = {"weights": weights.to(device), "generator": torch.Generator().manual_seed(3)}
+        replaced = F.reseed_(*given, threshold=0.1, **draw)
+        results.append((given[0].cpu(), given[1].cpu(), replaced.cpu()))
+    for a, b in zip(*results, strict=True):
+        assert_close(a.float(), b.float(), FORWARD)
+    assert torch.equal(results[0][2], results[1][2])
+
+
 def test_reseed_no_rows() -> None:
     case = Case(0, 2, 3, 4)
     assert not F.reseed_(case.memory, case.usage, case.z, case.row_class, threshold=9.0).any()
@@ -448,8 +487,8 @@ BAD = [
     ({"z": torch.ones(5, 4).long()}, r"z: expected float16, .* got torch.int64; use z.float\(\)"),
     ({"row_class": torch.zeros(4).long()}, r"row_class: expected \(N,\) = \(5\), got \(4,\)"),
     ({"row_class": torch.zeros(5)}, r"row_class: expected int64, got torch.float32; use row_class.long\(\)"),
-    ({"row_class": torch.tensor([0, 1, 2, 0, 0])}, "row_class: expected 0 to 1, or -1 for none, got 2"),
-    ({"row_class": torch.tensor([0, 1, -2, 0, 0])}, "row_class: expected 0 to 1, or -1 for none, got -2"),
+    ({"row_class": torch.tensor([0, 1, 2, 0, 0])}, "row_class: expected 0 to 1, or -1 for none, got 2 at index 2"),
+    ({"row_class": torch.tensor([0, 1, -2, 0, 0])}, "row_class: expected 0 to 1, or -1 for none, got -2 at index 2"),
     ({"weights": torch.ones(4)}, r"weights: expected \(N,\) = \(5\), got \(4,\)"),
     ({"weights": torch.ones(5).long()}, r"weights: expected float16, .* use weights.float\(\)"),
     ({"z": torch.randn(5, 4, device="meta")}, r"z: expected on cpu like memory, got meta; use z.to\(memory.device\)"),
@@ -476,6 +515,15 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     if "momentum" not in change and "weights" not in change:
         with pytest.raises(ValueError, match=message):
             F.reseed_(**given, threshold=0.1)
+
+
+def test_a_generator_of_another_device_is_refused() -> None:
+    case = Case(5, 2, 3, 4)
+    generator = SimpleNamespace(device=torch.device("cuda", 0))  # there may be no GPU to make one on
+    with pytest.raises(ValueError, match=r"generator: expected one on the CPU, .* got cuda:0; use torch.Generator\(\)"):
+        F.reseed_(case.memory, case.usage, case.z, case.row_class, threshold=0.1, generator=generator)
+    with pytest.raises(ValueError, match="generator: expected one on the CPU"):
+        case.scatter(0.9, None, reseed_below=0.1, generator=generator)
 
 
 def test_bad_input_of_the_second_half() -> None:
