@@ -13,10 +13,15 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
+
+from momkd import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD, REVERSE, SHUFFLED = 0, 1, (2, 3)  # even ones do asynchronous copies late, odd ones at once
@@ -56,3 +61,18 @@ class Emulator:
         self.started.append(name)
         wrong = library().emulate(name.encode(), task, blocks, threads, shared, self.schedule)
         assert not wrong, f"{name}: {wrong.decode()}"
+
+
+def install(patch: pytest.MonkeyPatch) -> Emulator:
+    """From here on the CUDA kernels run on CPU tensors."""
+    if compiler() is None:
+        pytest.skip("the CUDA kernels are emulated by a C++ compiler, and there is none")
+    emulator = Emulator()
+
+    def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
+        reason = cuda.unfit(*[t for t in args if t is not None][:2]) if args else ""
+        return not reason, reason or "emulated"
+
+    patch.setattr(cuda, "start", emulator)
+    patch.setattr(cuda, "can_run", can_run)
+    return emulator

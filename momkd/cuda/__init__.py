@@ -49,7 +49,7 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
         return False, f"runs on an NVIDIA GPU, the tensors are on {other[0]}"
     if torch.version.hip is not None:
         return False, "runs on NVIDIA GPUs, this torch is built for AMD's"
-    if tensors and (reason := _unfit(*tensors[:2])):
+    if tensors and (reason := unfit(*tensors[:2])):
         return False, reason
     able, reason = available()
     if not able:
@@ -62,7 +62,7 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     return True, f"tensors on a GPU, {reason}"
 
 
-def _unfit(memory: Tensor, rows: Tensor | None = None) -> str:
+def unfit(memory: Tensor, rows: Tensor | None = None) -> str:
     """Why the kernels don't take a memory (C, K, S) and rows or sums of some dtype; empty if they do."""
     if memory.dtype != torch.float32 or not memory.is_contiguous():
         return f"takes a contiguous float32 memory, got {memory.dtype} with strides {memory.stride()}"

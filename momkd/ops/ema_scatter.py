@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from momkd import reference
+from momkd.cuda import ema as cuda
 from momkd.dispatch import choose
 from momkd.native import ema as native
 from momkd.ops._register import custom_op
 from momkd.reference.segments import accumulate_dtype
+
+_BACKENDS: dict[str, Any] = {"cuda": cuda, "native": native, "torch": reference}
 
 
 @custom_op("ema_accumulate")
@@ -17,9 +22,9 @@ def ema_accumulate(
     memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """memory (C, K, S), z (N, S), row_class (N,), weights (N,) -> sums (C, K, S), mass (C, K), assignments (N,)."""
-    if choose("ema_accumulate", backend, (memory, z, row_class, weights)) == "native":
-        return native.ema_accumulate(memory, z, row_class, weights, normalize)
-    return reference.ema_accumulate(memory, z, row_class, weights, normalize)
+    chosen = _BACKENDS[choose("ema_accumulate", backend, (memory, z, row_class, weights))]
+    sums, mass, assignments = chosen.ema_accumulate(memory, z, row_class, weights, normalize)
+    return sums, mass, assignments
 
 
 @ema_accumulate.register_fake
@@ -37,10 +42,7 @@ def _(
 @custom_op("ema_apply_", mutates_args=("memory", "usage"))
 def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float, backend: str) -> None:
     """Moves memory (C, K, S) and usage (C, K) in place by sums (C, K, S) and mass (C, K)."""
-    if choose("ema_apply_", backend, (memory, sums, usage, mass)) == "native":
-        native.ema_apply_(memory, usage, sums, mass, momentum)
-    else:
-        reference.ema_apply_(memory, usage, sums, mass, momentum)
+    _BACKENDS[choose("ema_apply_", backend, (memory, sums, usage, mass))].ema_apply_(memory, usage, sums, mass, momentum)
 
 
 @ema_apply_.register_fake
@@ -60,9 +62,9 @@ def ema_scatter_(
     backend: str,
 ) -> Tensor:
     """Both halves in one pass. Returns the assignments (N,) int32."""
-    if choose("ema_scatter_", backend, (memory, z, usage, row_class, weights)) == "native":
-        return native.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
-    return reference.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
+    chosen = _BACKENDS[choose("ema_scatter_", backend, (memory, z, usage, row_class, weights))]
+    assignments: Tensor = chosen.ema_scatter_(memory, usage, z, row_class, weights, momentum, normalize)
+    return assignments
 
 
 @ema_scatter_.register_fake
