@@ -169,13 +169,17 @@ struct RowBlock {
     const long long row_bytes = task.row_stride * Row::kItem;
     const int pitch = static_cast<int>(task.tile_pitch);
     if (task.copies_16) {
-      const int chunks = this->chunks();
-      int row = thread / chunks, chunk = thread % chunks;
-      const int rows_on = kThreads / chunks, chunks_on = kThreads % chunks;
-      while (row < count) {
-        copy_16(tile + row * pitch + chunk * 16, from + row * row_bytes + chunk * 16);
-        row += rows_on, chunk += chunks_on;
-        if (chunk >= chunks) ++row, chunk -= chunks;
+      const int chunks = this->chunks(), lanes = 1 << bits_of(chunks), rows_on = kThreads / lanes;
+      const int chunk = thread % lanes;
+      unsigned char *to = tile + thread / lanes * pitch + chunk * 16;
+      from += thread / lanes * row_bytes + chunk * 16;
+      if (chunk < chunks) {
+#pragma unroll 4
+        for (int row = thread / lanes; row < count; row += rows_on) {
+          copy_16(to, from);
+          to += rows_on * pitch;
+          from += rows_on * row_bytes;
+        }
       }
     } else {
 #pragma unroll 1
@@ -298,11 +302,7 @@ struct RowBlock {
     clear_table();
   }
 
-  static __device__ int bits_of(int bins) {
-    int bits = 0;
-    while (1 << bits < bins) ++bits;
-    return bits;
-  }
+  static __device__ int bits_of(int bins) { return kWarp - __clz(bins - 1); }
 
   __device__ void compare(const unsigned char *tile) {
     const int slot_lanes = static_cast<int>(task.slot_lanes),
@@ -428,19 +428,19 @@ struct RowBlock {
     weigh();
     // Each sixteen threads own every eighth bin, and with it the slots whose keys fall there.
     constexpr int kOwners = kThreads / kSixteen;
-    const int owner = thread / kSixteen, member = thread % kSixteen;
-    unsigned filled = __ballot_sync(kAll, state.spans[owner + kOwners * member] > 0);
-    filled = filled >> (lane - member) & ((1u << kSixteen) - 1);
-    while (filled) {
-      const int mine = owner + kOwners * (__ffs(filled) - 1);
-      filled &= filled - 1;
-      int from = state.starts[mine];
-      const int end = from + state.spans[mine];
+    const int member = thread % kSixteen;
+#pragma unroll 1
+    for (int own = thread / kSixteen; own < used; own += kOwners) {
+      int from = state.starts[own];
+      const int end = from + state.spans[own];
+      if (cells <= kBins) {
+        if (from < end) add(tile, from, end, own, member);
+        continue;
+      }
       while (from < end) {
         const int cell = state.key[state.sorted[from]];
-        int to = end;
-        if (cells > kBins)
-          for (to = from + 1; to < end && state.key[state.sorted[to]] == cell;) ++to;
+        int to = from + 1;
+        while (to < end && state.key[state.sorted[to]] == cell) ++to;
         add(tile, from, to, cell, member);
         from = to;
       }

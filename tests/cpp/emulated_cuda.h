@@ -242,7 +242,7 @@ T __shfl_up_sync(unsigned, T value, int step) {
   return lane >= step ? emulated::unpacked<T>(all[lane - step]) : value;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
 inline float __uint_as_float(unsigned bits) { return emulated::unpacked<float>(bits); }
 inline float __int_as_float(int bits) { return emulated::unpacked<float>(static_cast<unsigned>(bits)); }
 inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(emulated::packed(value)); }
