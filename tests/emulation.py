@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by a C++ compiler over tests/cpp, thread by thread.
 
-What it shows is numbers, barriers that are missing (results that depend on the schedule), exchanges that not all threads
-of a warp reach, copies that are read before they are waited for, and writes behind the shared memory. It shows nothing
+What it shows is numbers, barriers that are missing (results that depend on the schedule), exchanges that not all
+threads of a warp reach, copies that are read before they are waited for, and writes behind the shared memory. It shows nothing
 of speed.
 """
 

@@ -132,6 +132,8 @@ struct RowBlock {
   }
 
  private:
+  static constexpr int kFours = Row::kChunk / 4;  // of columns, in a chunk
+
   __device__ int slots() const { return static_cast<int>(task.slots); }
   __device__ int cells() const { return static_cast<int>(task.classes * task.slots); }
   __device__ int columns() const { return static_cast<int>(task.s); }
@@ -229,15 +231,20 @@ struct RowBlock {
   }
 
   __device__ float squared_length(const unsigned char *row) const {
-    float part[4] = {};
+    float4 total = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-    for (int chunk = 0; chunk < chunks(); ++chunk) {
-      float x[Row::kChunk];
-      Row::chunk(row, chunk, x);
+    for (int i = 0; i < chunks(); ++i) {
+      const typename Row::Chunk chunk = reinterpret_cast<const typename Row::Chunk *>(row)[i];
 #pragma unroll
-      for (int i = 0; i < Row::kChunk; ++i) part[i % 4] += x[i] * x[i];
+      for (int j = 0; j < kFours; ++j) {
+        const float4 x = Row::part(chunk, j);
+        total.x += x.x * x.x;
+        total.y += x.y * x.y;
+        total.z += x.z * x.z;
+        total.w += x.w * x.w;
+      }
     }
-    return (part[0] + part[1]) + (part[2] + part[3]);
+    return (total.x + total.y) + (total.z + total.w);
   }
 
   // A row that is zero, tiny, huge or not finite (false).
@@ -379,7 +386,6 @@ struct RowBlock {
   // Of 4 rows with 8 slots from `slot` on, over every `column_lanes`-th chunk of columns.
   __device__ void products(const unsigned char *const (&row_at)[kQuad], int label, int slot, int swap,
                            int column_lane, float (&score)[kQuad][kOwn]) const {
-    constexpr int kFours = Row::kChunk / 4;
     const int step = static_cast<int>(task.bank_slots);
     const float4 *bank =
         kShared ? reinterpret_cast<const float4 *>(shared_memory() + task.bank_at) : task.bank;
@@ -387,20 +393,24 @@ struct RowBlock {
     const int chunks = this->chunks(), column_lanes = static_cast<int>(task.column_lanes);
 #pragma unroll 1
     for (int chunk = column_lane; chunk < chunks; chunk += column_lanes) {
-      float x[kQuad][Row::kChunk];
+      typename Row::Chunk row[kQuad];
 #pragma unroll
-      for (int r = 0; r < kQuad; ++r) Row::chunk(row_at[r], chunk, x[r]);
+      for (int r = 0; r < kQuad; ++r)
+        row[r] = reinterpret_cast<const typename Row::Chunk *>(row_at[r])[chunk];
 #pragma unroll
       for (int j = 0; j < kFours; ++j) {
+        float4 x[kQuad];
+#pragma unroll
+        for (int r = 0; r < kQuad; ++r) x[r] = Row::part(row[r], j);
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
           const float4 b = bank[j * step + (i < kOwn / 2 ? i + swap : i - swap)];
 #pragma unroll
           for (int r = 0; r < kQuad; ++r) {
-            score[r][i] += x[r][4 * j] * b.x;
-            score[r][i] += x[r][4 * j + 1] * b.y;
-            score[r][i] += x[r][4 * j + 2] * b.z;
-            score[r][i] += x[r][4 * j + 3] * b.w;
+            score[r][i] += x[r].x * b.x;
+            score[r][i] += x[r].y * b.y;
+            score[r][i] += x[r].z * b.z;
+            score[r][i] += x[r].w * b.w;
           }
         }
       }
@@ -558,19 +568,23 @@ __device__ inline void reduce_slot(const EmaTask &task, long long slot) {
     double total[4] = {};
     if (column < task.sum_pitch) {
       const float *from = task.partial_sums + slot * task.sum_pitch + column;
-      for (int block = group; block < task.blocks; block += kAhead * kGroups) {
+      const auto at = [&](int block) {
+        return *reinterpret_cast<const float4 *>(from + block * (cells * task.sum_pitch));
+      };
+      const auto add = [&](const float4 &x) {
+        total[0] += x.x, total[1] += x.y, total[2] += x.z, total[3] += x.w;
+      };
+      const int blocks = static_cast<int>(task.blocks);
+      int block = group;
+      for (; block + (kAhead - 1) * kGroups < blocks; block += kAhead * kGroups) {
         float4 x[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int which = block + i * kGroups;
-          x[i] = which < task.blocks
-                     ? *reinterpret_cast<const float4 *>(from + which * (cells * task.sum_pitch))
-                     : make_float4(0, 0, 0, 0);
-        }
+        for (int i = 0; i < kAhead; ++i) x[i] = at(block + i * kGroups);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-          total[0] += x[i].x, total[1] += x[i].y, total[2] += x[i].z, total[3] += x[i].w;
+        for (int i = 0; i < kAhead; ++i) add(x[i]);
       }
+#pragma unroll 1
+      for (; block < blocks; block += kGroups) add(at(block));
     }
     for (int i = 0; i < 4; ++i) columns[group][4 * quarter + i] = total[i];
     __syncthreads();
@@ -594,10 +608,10 @@ __device__ inline void reduce_slot(const EmaTask &task, long long slot) {
 
 }  // namespace momkd
 
-#define MOMKD_ROWS_KERNEL(name, Row, shared)                       \
-  extern "C" __global__ void __launch_bounds__(momkd::kThreads, 4) \
-      name(const __grid_constant__ momkd::EmaTask task) {          \
-    momkd::RowBlock<momkd::Row, shared>(task).run();               \
+#define MOMKD_ROWS_KERNEL(name, Row, shared)                                    \
+  extern "C" __global__ void __launch_bounds__(momkd::kThreads, shared ? 4 : 3) \
+      name(const __grid_constant__ momkd::EmaTask task) {                       \
+    momkd::RowBlock<momkd::Row, shared>(task).run();                            \
   }
 MOMKD_ROWS_KERNEL(ema_rows_float32_shared_kernel, Float32, true)
 MOMKD_ROWS_KERNEL(ema_rows_float16_shared_kernel, Float16, true)
@@ -611,7 +625,7 @@ extern "C" __global__ void ema_bank_kernel(const __grid_constant__ momkd::EmaTas
   momkd::unit_slot(task, blockIdx.x, threadIdx.x);
 }
 
-extern "C" __global__ void __launch_bounds__(momkd::kReduceThreads)
+extern "C" __global__ void __launch_bounds__(momkd::kReduceThreads, 1)
     ema_reduce_kernel(const __grid_constant__ momkd::EmaTask task) {
   momkd::reduce_slot(task, blockIdx.x);
 }

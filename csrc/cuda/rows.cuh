@@ -38,10 +38,8 @@ struct Float32 {
   static __device__ float4 four(const unsigned char *row, int column) {
     return reinterpret_cast<const float4 *>(row)[column / 4];
   }
-  static __device__ void chunk(const unsigned char *row, int which, float (&to)[kChunk]) {
-    const float4 from = reinterpret_cast<const float4 *>(row)[which];
-    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
-  }
+  using Chunk = float4;
+  static __device__ float4 part(const Chunk &chunk, int) { return chunk; }
 };
 
 template <typename Half>
@@ -55,13 +53,14 @@ struct Sixteen {
   }
   static __device__ float4 four(const unsigned char *row, int column) {
     const uint2 words = reinterpret_cast<const uint2 *>(row)[column / 4];
-    return make_float4(Half::low(words.x), Half::high(words.x), Half::low(words.y), Half::high(words.y));
+    return widened_four(words.x, words.y);
   }
-  static __device__ void chunk(const unsigned char *row, int which, float (&to)[kChunk]) {
-    const uint4 from = reinterpret_cast<const uint4 *>(row)[which];
-    const unsigned words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[2 * i] = Half::low(words[i]), to[2 * i + 1] = Half::high(words[i]);
+  using Chunk = uint4;
+  static __device__ float4 part(const Chunk &chunk, int which) {
+    return which ? widened_four(chunk.z, chunk.w) : widened_four(chunk.x, chunk.y);
+  }
+  static __device__ float4 widened_four(unsigned first, unsigned second) {
+    return make_float4(Half::low(first), Half::high(first), Half::low(second), Half::high(second));
   }
 };
 

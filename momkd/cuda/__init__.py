@@ -6,7 +6,6 @@ No mathematics here, and no CUDA context before a kernel starts.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -36,10 +35,10 @@ def available() -> tuple[bool, str]:
     module, reason = extension()
     if module is not None:
         return True, "by momkd._cuda"
-    if importlib.util.find_spec("cupy") is not None:
+    compiler, why_not = nvrtc.library()
+    if compiler is not None:
         return True, "by NVRTC through CuPy"
-    remedy = "install momkd where nvcc is, or cupy-cuda13x (cupy-cuda12x for CUDA 12)"
-    return False, f"{reason}, and neither is CuPy; {remedy}"
+    return False, f"{reason}, and {why_not}; install momkd where nvcc is, or its extra 'cuda'"
 
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:

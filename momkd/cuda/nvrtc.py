@@ -24,6 +24,19 @@ def sources() -> Path:
     return found[0]
 
 
+@cache
+def library() -> tuple[Any, str]:
+    """NVRTC as CuPy binds it, or None and why it cannot be loaded."""
+    try:
+        nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+        nvrtc.getVersion()
+    except ModuleNotFoundError:
+        return None, "CuPy is not installed"
+    except Exception as error:  # CuPy has an error of its own for a library that it can't find
+        return None, f"NVRTC cannot be loaded: {' '.join(str(error).split())}"
+    return nvrtc, "loaded"
+
+
 def compile(arch: int) -> bytes:
     """Machine code of csrc/cuda/ema_scatter.cuh for an architecture such as 90. Needs no GPU.
 
@@ -31,11 +44,9 @@ def compile(arch: int) -> bytes:
         RuntimeError: NVRTC is not there, or what it says of the source.
     """
     folder = sources()
-    try:
-        nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
-        nvrtc.getVersion()
-    except Exception as error:  # CuPy has an error of its own for a library that it can't find
-        raise RuntimeError(f"NVRTC cannot be loaded: {error}; pip install 'cupy-cuda13x[ctk]'") from error
+    nvrtc, reason = library()
+    if nvrtc is None:
+        raise RuntimeError(reason)
     text = [(folder / header).read_text(encoding="utf-8") for header in HEADERS]
     main = (folder / "cuda" / "ema_scatter.cuh").read_text(encoding="utf-8")
     program = nvrtc.createProgram(main, "ema_scatter.cuh", text, HEADERS)
@@ -69,6 +80,4 @@ def launch(name: str, task: bytes, blocks: int, threads: int, shared: int, devic
     argument = ctypes.create_string_buffer(task, len(task))
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
     driver.funcSetAttribute(function, _MAX_DYNAMIC_SHARED, shared)
-    driver.launchKernel(
-        function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), 0
-    )
+    driver.launchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(arguments), 0)

@@ -42,7 +42,9 @@ def _(
 @custom_op("ema_apply_", mutates_args=("memory", "usage"))
 def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float, backend: str) -> None:
     """Moves memory (C, K, S) and usage (C, K) in place by sums (C, K, S) and mass (C, K)."""
-    _BACKENDS[choose("ema_apply_", backend, (memory, sums, usage, mass))].ema_apply_(memory, usage, sums, mass, momentum)
+    _BACKENDS[choose("ema_apply_", backend, (memory, sums, usage, mass))].ema_apply_(
+        memory, usage, sums, mass, momentum
+    )
 
 
 @ema_apply_.register_fake

@@ -1,5 +1,5 @@
-"""The CUDA kernels of the EMA scatter, thread by thread on the CPU: every way in which launches are cut, adversarial rows,
-and results that don't depend on the order in which threads and blocks run.
+"""The CUDA kernels of the EMA scatter, thread by thread on the CPU: every way in which launches are cut, adversarial
+rows, and results that don't depend on the order in which threads and blocks run.
 
 `tests/ops/test_ema_scatter.py` runs them too, through the public functions; `tests/test_gpu_ema.py` on a GPU.
 """
@@ -58,7 +58,9 @@ def check(
     cells = row_class.clamp(0, len(memory) - 1) * memory.shape[1] + slots.clamp_min(0)
     want = torch.zeros(memory.shape, dtype=torch.float64).flatten(0, 1).index_add_(0, cells, w[:, None] * rows)
     assert_close(sums.flatten(0, 1), want, FORWARD, "sums")
-    assert_close(mass.flatten(), torch.zeros(mass.numel(), dtype=torch.float64).index_add_(0, cells, w), FORWARD, "mass")
+    assert_close(
+        mass.flatten(), torch.zeros(mass.numel(), dtype=torch.float64).index_add_(0, cells, w), FORWARD, "mass"
+    )
     return sums, mass, slots
 
 
@@ -146,7 +148,9 @@ def test_rows_and_classes_that_do_not_count(emulator: emulation.Emulator) -> Non
 def test_long_sums_stay_accurate(emulator: emulation.Emulator) -> None:
     """Nearly the same row again and again, into one slot."""
     z = torch.rand(20_000, 4) + 1
-    sums, mass, _ = ema.ema_accumulate(torch.ones(1, 1, 4), z, torch.zeros(20_000).long(), torch.full((20_000,), 0.1), False)
+    sums, mass, _ = ema.ema_accumulate(
+        torch.ones(1, 1, 4), z, torch.zeros(20_000).long(), torch.full((20_000,), 0.1), False
+    )
     assert_close(sums[0, 0], (torch.tensor(0.1).double() * z.double()).sum(0), 1e-6)
     assert_close(mass, torch.full((1, 1), 20_000.0).double() * torch.tensor(0.1).double(), 1e-6)
 
@@ -163,9 +167,7 @@ def test_a_mean_that_is_not_finite_keeps_the_slot(emulator: emulation.Emulator) 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("columns", "dtype"), [(64, torch.float32), (24, torch.float32), (24, torch.bfloat16)])
-def test_rows_that_begin_anywhere(
-    emulator: emulation.Emulator, offset: int, columns: int, dtype: torch.dtype
-) -> None:
+def test_rows_that_begin_anywhere(emulator: emulation.Emulator, offset: int, columns: int, dtype: torch.dtype) -> None:
     memory, wide, row_class = case(150, 2, 16, columns, dtype)[0], torch.randn(300, columns + 8).to(dtype), None
     row_class = torch.randint(0, 2, (150,))
     check(memory, wide[::2, offset : columns + offset], row_class)
@@ -219,7 +221,10 @@ def test_both_sides_agree_on_the_task() -> None:
 # --- what the tests above judge shows in kernels that are broken on purpose
 
 BREAKS = {
-    "a barrier is missing": ("      collect(tile, first, count);\n      __syncthreads();", "      collect(tile, first, count);"),
+    "a barrier is missing": (
+        "      collect(tile, first, count);\n      __syncthreads();",
+        "      collect(tile, first, count);",
+    ),
     "copies are not waited for": ("        wait_for_all();", "        ;"),
     "ties go to the last": ("score[r][i] > best[r]", "score[r][i] >= best[r]"),
     "a lane leaves its warp": (
