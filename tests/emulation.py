@@ -1,8 +1,8 @@
 """The CUDA kernels on the CPU: csrc/cuda compiled by a C++ compiler over tests/cpp, thread by thread.
 
 What it shows is numbers, barriers that are missing (results that depend on the schedule), exchanges that not all
-threads of a warp reach, copies that are read before they are waited for, and writes behind the shared memory. It shows nothing
-of speed.
+threads of a warp reach, copies that are read before they are waited for, and writes behind the shared memory.
+It shows nothing of speed.
 """
 
 from __future__ import annotations

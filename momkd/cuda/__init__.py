@@ -55,7 +55,10 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
         return False, reason
     if not torch.cuda.is_available():
         return False, "no GPU that torch can use"
-    capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    try:
+        capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    except RuntimeError as error:
+        return False, f"no GPU can be used: {' '.join(str(error).split())}"
     if capability < _LEAST_CAPABILITY:
         return False, "needs compute capability {}.{}, this GPU has {}.{}".format(*_LEAST_CAPABILITY, *capability)
     return True, f"tensors on a GPU, {reason}"
