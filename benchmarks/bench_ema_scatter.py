@@ -1,4 +1,4 @@
-"""ema_scatter_: the native CPU kernel and the CUDA kernel against plain torch and against vector-quantize-pytorch's EMA codebook.
+"""ema_scatter_: the native CPU kernel and the CUDA kernel, against plain torch and vector-quantize-pytorch's codebook.
 
 Floor: rows read once, N·S·itemsize bytes, at the rate of a large copy.
 """
