@@ -7,7 +7,7 @@
 //     inspect   a thread a row: its length, whether it is finite, what it brings
 //     group     rows of one class form quads of four
 //     compare   G lanes a quad, each with 4 rows × 8 slots in registers; lanes share out slots and columns
-//     collect   rows sorted by slot; a warp adds up all rows of a slot, in the order of the rows
+//     collect   rows sorted by slot; sixteen threads add up all rows of a slot, in the order of the rows
 //   ema_reduce_kernel   the blocks' sums in the order of the blocks, in float64, and the update if usage is
 //   given ema_apply_kernel    the update alone
 //
