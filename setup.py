@@ -44,7 +44,7 @@ def sources(*patterns: str, but: str = "") -> list[str]:
 
 ISA_SOURCES = sources("cpu/*_rows.cpp")  # compiled once for each instruction set, chosen at run time
 CPU_SOURCES = [s for s in sources("bindings_*.cpp", "cpu/*.cpp", but="bindings_cuda.cpp") if s not in ISA_SOURCES]
-CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/device_probe.cu"]
+CUDA_SOURCES = sources("bindings_cuda.cpp", "cuda/*.cu")
 
 X86_ISAS = {
     "baseline": [],
@@ -264,8 +264,9 @@ extensions = [Extension("momkd._C", CPU_SOURCES + ISA_SOURCES), Extension("momkd
 
 setup(
     # `kernels` is another project's name: here it is only ever the package momkd.kernels.
-    packages=[*find_packages(str(ROOT), include=["momkd", "momkd.*"]), "momkd.kernels"],
-    package_dir={"momkd": "momkd", "momkd.kernels": "kernels"},
+    packages=[*find_packages(str(ROOT), include=["momkd", "momkd.*"]), "momkd.kernels", "momkd.csrc.cuda"],
+    package_dir={"momkd": "momkd", "momkd.kernels": "kernels", "momkd.csrc.cuda": "csrc/cuda"},
+    package_data={"momkd.csrc.cuda": ["*.cuh"]},  # for NVRTC
     ext_modules=[] if flag("MOMKD_NO_EXT") else extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,4 +1,4 @@
-"""ema_scatter_: the native CPU kernel against plain torch and against vector-quantize-pytorch's EMA codebook.
+"""ema_scatter_: the native CPU kernel and the CUDA kernel, against plain torch and vector-quantize-pytorch's codebook.
 
 Floor: rows read once, N·S·itemsize bytes, at the rate of a large copy.
 """
@@ -22,8 +22,8 @@ def one_hot_form(memory: Tensor, usage: Tensor, z: Tensor, row_class: Tensor) ->
     """The quickest plain-torch form that we know: all slots in one product, masked by class, sums by a product."""
     unit = torch.nn.functional.normalize(z, dim=1)
     cosines = (unit @ memory.view(C * K, S).T).view(-1, C, K)
-    nearest = cosines[torch.arange(len(z)), row_class].argmax(1) + row_class * K
-    hot = torch.zeros(len(z), C * K).scatter_(1, nearest[:, None], 1.0)
+    nearest = cosines[torch.arange(len(z), device=z.device), row_class].argmax(1) + row_class * K
+    hot = torch.zeros(len(z), C * K, device=z.device).scatter_(1, nearest[:, None], 1.0)
     mass = hot.sum(0)
     mean = hot.T @ unit / mass.clamp_min(1)[:, None]
     moved = torch.nn.functional.normalize(MOMENTUM * memory.view(C * K, S) + (1 - MOMENTUM) * mean, dim=1)
@@ -38,31 +38,36 @@ def codebooks(memory: Tensor) -> list[Any]:
     )
     made = []
     for bank in memory:
-        layer = module.VectorQuantize(dim=S, codebook_size=K, decay=MOMENTUM, use_cosine_sim=True).train()
+        layer = (
+            module.VectorQuantize(dim=S, codebook_size=K, decay=MOMENTUM, use_cosine_sim=True).train().to(memory.device)
+        )
         layer._codebook.embed.data.copy_(bank[None])
         made.append(layer)
     return made
 
 
+@pytest.mark.parametrize("kernel", ["native", "cuda"])
 @pytest.mark.parametrize("peer", ["torch", "vector-quantize-pytorch"])
-def test_ema_scatter(benchmark: Any, full: bool, peer: str) -> None:
-    able, reason = dispatch.can_run("ema_scatter_", "native")
+def test_ema_scatter(benchmark: Any, full: bool, peer: str, kernel: str) -> None:
+    able, reason = dispatch.can_run("ema_scatter_", kernel)
     if not able:
-        pytest.skip(f"the native kernel can't run: {reason}")
-    n = 1_000_000 if full else 200_000
+        pytest.skip(f"the {kernel} kernel can't run: {reason}")
+    device = "cuda" if kernel == "cuda" else "cpu"
+    n = 4_000_000 if kernel == "cuda" else 1_000_000 if full else 200_000
     torch.manual_seed(0)
     memory = torch.nn.functional.normalize(torch.randn(C, K, S), dim=-1)
-    usage, z, row_class = torch.zeros(C, K), torch.randn(n, S), torch.randint(0, C, (n,))
+    memory, usage = memory.to(device), torch.zeros(C, K, device=device)
+    z, row_class = torch.randn(n, S, device=device), torch.randint(0, C, (n,), device=device)
 
     wanted, wanted_usage = memory.double(), usage.double()
     slots = reference.ema_scatter_(wanted, wanted_usage, z.double(), row_class, None, MOMENTUM)
     got, got_usage = memory.clone(), usage.clone()
-    same = (F.ema_scatter_(got, got_usage, z, row_class, momentum=MOMENTUM, backend="native") == slots).float().mean()
+    same = (F.ema_scatter_(got, got_usage, z, row_class, momentum=MOMENTUM, backend=kernel) == slots).float().mean()
     error = float((got - wanted).norm() / wanted.norm())
     assert same > 0.9999, f"the kernel is wrong: {1 - same:.1e} of the rows in another slot; no time is reported"
     assert error < 1e-5, f"the kernel is wrong: relative error {error:.1e}; no time is reported"
 
-    calls = {"native": lambda: F.ema_scatter_(got, got_usage, z, row_class, momentum=MOMENTUM, backend="native")}
+    calls = {kernel: lambda: F.ema_scatter_(got, got_usage, z, row_class, momentum=MOMENTUM, backend=kernel)}
     if peer == "torch":
         calls["reference"] = lambda: F.ema_scatter_(got, got_usage, z, row_class, momentum=MOMENTUM, backend="torch")
         calls["one-hot products"] = lambda: one_hot_form(got, got_usage, z, row_class)
@@ -70,4 +75,4 @@ def test_ema_scatter(benchmark: Any, full: bool, peer: str) -> None:
         layers = codebooks(memory)
         rows = [z[row_class == c] for c in range(C)]
         calls[peer] = lambda: [layer(x[None]) for layer, x in zip(layers, rows, strict=True)]
-    compare(benchmark, "cpu", calls, work=(2 * n * K * S, z.nbytes), rounds=15, rows=n)
+    compare(benchmark, device, calls, work=(2 * n * K * S, z.nbytes), rounds=15, rows=n)

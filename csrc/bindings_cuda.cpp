@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/device_probe.h"
+#include "cuda/launch.h"
 
 namespace py = pybind11;
 
@@ -17,13 +17,21 @@ py::dict build_info() {
   return info;
 }
 
+void launch(const std::string &name, const py::bytes &task, unsigned blocks, unsigned threads,
+            unsigned shared_bytes, int device, uintptr_t stream) {
+  const std::string bytes = task;
+  py::gil_scoped_release release;
+  momkd::launch_ema(name, bytes, blocks, threads, shared_bytes, device, stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() =
-      "CUDA kernels of momkd, compiled by nvcc: raw pointers, sizes and streams; called through momkd.ops.";
+  using py::arg;
+  m.doc() = "CUDA kernels of momkd, compiled by nvcc; called through momkd.ops.";
   m.def("build_info", &build_info, "CUDA version, architectures compiled (80, 90, ...), version of momkd.");
   m.def("device_count", &momkd::device_count, "Number of NVIDIA GPUs; 0 without a driver.");
-  m.def("probe", &momkd::device_probe, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
-        "Run a kernel on `device`: the architecture it was compiled for (800, 900, ...), or RuntimeError.");
+  m.def("launch", &launch, arg("name"), arg("task"), arg("blocks"), arg("threads"), arg("shared_bytes"),
+        arg("device"), arg("stream"),
+        "Start a kernel on a stream of `device`, or raise RuntimeError with CUDA's text.");
 }

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from momkd import env, gpu, native
+from momkd import cuda, env, gpu, native
 from momkd.errors import BackendError
 
 BACKENDS = ("triton", "cuda", "native", "torch")
@@ -24,9 +24,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "memory_guided_pool": ("triton", "native", "torch"),
     "soft_angle_loss": ("triton", "native", "torch"),
     "graph_attention": ("native", "torch"),
-    "ema_accumulate": ("native", "torch"),
-    "ema_apply_": ("native", "torch"),
-    "ema_scatter_": ("native", "torch"),
+    "ema_accumulate": ("cuda", "native", "torch"),
+    "ema_apply_": ("cuda", "native", "torch"),
+    "ema_scatter_": ("cuda", "native", "torch"),
 }
 
 
@@ -48,6 +48,8 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
         return False, f"no {backend} kernel for {op} in this version"
     if backend == "native":
         return native.can_run(op, args)
+    if backend == "cuda":
+        return cuda.can_run(op, args)
     if backend == "triton":
         return gpu.can_run(op, args)
     return True, "runs on every device"

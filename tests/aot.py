@@ -260,7 +260,7 @@ def compile_job(job: Job) -> Report:
     report.shared = compiled.metadata.shared
     report.dots = _dots(compiled.asm["ttir"])
     if chip.backend == "cuda":
-        _read_cubin(compiled.asm["cubin"], report)
+        read_cubin(compiled.asm["cubin"], report)
     else:
         _read_amdgcn(compiled.asm["amdgcn"], report)
     return report
@@ -315,11 +315,13 @@ def _sass_width(opcode: str) -> int:
     return next((_SASS_WIDTHS[part] for part in opcode.split(".") if part in _SASS_WIDTHS), 32)
 
 
-def _read_cubin(cubin: bytes, report: Report) -> None:
+def read_cubin(cubin: bytes, report: Report, function: str = "") -> None:
+    """Fills in what the machine code says, of one function where the cubin holds several."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", "-sass", file.name]
+        chosen = ["-fun", function] if function else []
+        command = [_cuobjdump(), "--dump-resource-usage", "-sass", *chosen, file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = {name: int(value) for name, value in _RESOURCES.findall(text)}
     reserved = _RESERVED_SHARED if report.arch not in ("sm_80", "sm_89") else 0

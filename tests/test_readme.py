@@ -14,7 +14,7 @@ from momkd import cli
 from momkd.dispatch import OPS
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-NAMES = {"native": "native C++", "triton": "Triton"}
+NAMES = {"native": "native C++", "triton": "Triton", "cuda": "CUDA"}
 
 
 def blocks(language: str) -> list[str]:

@@ -292,8 +292,8 @@ void ema_apply(float *memory, float *usage, const float *sums, const float *mass
     }
     const double length = std::sqrt(squared);
     const double least = kCancelled * (momentum * std::sqrt(squared_before) + (1 - momentum));
-    if (!(length > least))
-      continue;  // nothing is left but rounding, or it is not a number: keep what was there
+    if (!(length > least && length < 1e300))
+      continue;  // nothing is left but rounding, or it is not finite: keep what was there
     for (int64_t j = 0; j < s; ++j)
       vector[j] = static_cast<float>((momentum * vector[j] + take * total[j]) / length);
   }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from momkd import gpu, native, reference
+from momkd import cuda, gpu, native, reference
 from momkd.dispatch import choose
 
 
@@ -16,4 +16,6 @@ def backend_of(op: str, backend: str, args: Sequence[Tensor | None]) -> Any:
     chosen = choose(op, backend, args)
     if chosen == "triton":
         return gpu.kernels(op)
+    if chosen == "cuda":
+        return cuda.kernels(op)
     return native.kernels(op) if chosen == "native" else reference

@@ -5,9 +5,9 @@ M ← normalise(m · M + (1 − m) · Σ w_i z_i / Σ w_i); for all slots usage 
 
 A row with class −1 is skipped, and so is one that holds a NaN or an infinity: a single bad patch must not poison a
 prototype for the rest of a run. Both have assignment −1. A weight that is zero, negative or not finite brings no mass.
-A slot that received no mass keeps its vector bit for bit. So does one where what is to be normalised, v, has cancelled:
-|v| ≤ 1e-5 · (m · |M| + 1 − m), the share of what unit rows and the slot would give if they all pointed the same way.
-What is left then is rounding, and normalising it would give a random direction.
+A slot that received no mass keeps its vector bit for bit. So does one where what is to be normalised, v, is not finite
+or has cancelled: |v| ≤ 1e-5 · (m · |M| + 1 − m), the share of what unit rows and the slot would give if they all
+pointed the same way. What is left then is rounding, and normalising it would give a random direction.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, moment
     moved = momentum * before + (1 - momentum) * mean
     length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
     least = CANCELLED * (momentum * torch.linalg.vector_norm(before, dim=-1, keepdim=True) + (1 - momentum))
-    change = got[..., None] & (length > least)
+    change = got[..., None] & (length > least) & length.isfinite()
     memory.copy_(torch.where(change, (moved / length).to(memory.dtype), memory))
     usage.copy_((momentum * usage.to(dtype) + (1 - momentum) * mass.to(dtype)).to(usage.dtype))
 

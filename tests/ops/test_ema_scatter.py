@@ -10,6 +10,7 @@ from momkd import functional as F
 from momkd import ops
 from momkd.dispatch import can_run
 from momkd.errors import BackendError
+from tests import emulation
 from tests.compare import FORWARD, HALVES, assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -28,8 +29,11 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["torch", "native"])
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=["torch", "native", "cuda"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cuda":  # on CPU tensors: the kernels of the GPU, thread by thread
+        emulation.install(monkeypatch)
+        return "cuda"
     able, reason = can_run("ema_scatter_", request.param)
     if not able:
         pytest.skip(reason)
@@ -107,7 +111,7 @@ def test_matches_the_board(backend: str, sizes: tuple[int, int, int, int], momen
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float64])
 def test_row_dtypes(backend: str, dtype: torch.dtype) -> None:
     """A half is read exactly and summed in float32, so it is as close as float32 is."""
-    if backend == "native" and dtype == torch.float64:
+    if backend != "torch" and dtype == torch.float64:
         with pytest.raises(BackendError, match="takes float32, float16 and bfloat16"):
             Case(9, 2, 3, 4, dtype=dtype).scatter(0.9, backend)
         return
@@ -308,7 +312,7 @@ def test_apply_takes_sums_of_any_dtype(backend: str, sums_dtype: torch.dtype, ma
     sums = torch.randn(7, 5, 2).to(sums_dtype).permute(2, 1, 0)
     mass = torch.tensor([[0, 1, 2, 0.5, 3], [1, 0, 0, 4, 1]]).to(mass_dtype)
     want = naive_apply(case.memory, case.usage, sums, mass, 0.8)
-    if backend == "native" and sums_dtype == torch.float64:
+    if backend != "torch" and sums_dtype == torch.float64:
         with pytest.raises(BackendError, match=r"got float64"):
             F.ema_apply_(case.memory, case.usage, sums, mass, momentum=0.8, backend=backend)
         return

@@ -1,0 +1,272 @@
+"""The CUDA kernels of the EMA scatter, thread by thread on the CPU: every way in which launches are cut, adversarial
+rows, and results that don't depend on the order in which threads and blocks run.
+
+`tests/ops/test_ema_scatter.py` runs them too, through the public functions; `tests/test_gpu_ema.py` on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from momkd import reference
+from momkd.cuda import ema
+from tests import emulation
+from tests.compare import FORWARD, HALVES, assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+LIMITS = [(64, 1024, 512), (64, 1, 1), (1, 1024, 1), (1, 1, 512), (2, 16, 64), (3, 7, 65), (5, 33, 100), (64, 16, 96)]
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> emulation.Emulator:
+    return emulation.install(monkeypatch)
+
+
+def case(n: int, c: int, k: int, s: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """memory, rows and classes; −1 among them."""
+    memory = torch.nn.functional.normalize(torch.randn(c, k, s), dim=-1)
+    return memory, torch.randn(n, s).to(dtype), torch.randint(-1, c, (n,))
+
+
+def check(
+    memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None = None, normalize: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Against the float64 reference; where two slots are equally near within float32, either will do."""
+    sums, mass, slots = ema.ema_accumulate(memory, z, row_class, weights, normalize)
+    _, _, nearest = reference.ema_accumulate(memory.double(), z.double(), row_class, weights, normalize)
+    assert torch.equal(slots < 0, nearest < 0)
+    valid = slots >= 0
+    unit = torch.nn.functional.normalize(z[valid].double(), dim=1, eps=1e-300)
+    bank = torch.nn.functional.normalize(memory.double(), dim=-1, eps=1e-12)[row_class[valid]]
+    cosines = torch.einsum("ns,nks->nk", unit, bank).nan_to_num(nan=-2.0)
+    chosen = cosines.gather(1, slots[valid, None].long())[:, 0]
+    assert (chosen >= cosines.amax(1) - 2e-6).all()
+    clear = (cosines > cosines.amax(1, keepdim=True) - 1e-5).sum(1) == 1
+    assert torch.equal(slots[valid][clear], nearest[valid][clear])
+
+    rows = torch.where(valid[:, None], z.double(), 0.0)
+    if normalize:
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    w = torch.ones(len(z), dtype=torch.float64) if weights is None else weights.double()
+    w = torch.where(valid & w.isfinite() & (w > 0), w, 0.0)
+    cells = row_class.clamp(0, len(memory) - 1) * memory.shape[1] + slots.clamp_min(0)
+    want = torch.zeros(memory.shape, dtype=torch.float64).flatten(0, 1).index_add_(0, cells, w[:, None] * rows)
+    assert_close(sums.flatten(0, 1), want, FORWARD, "sums")
+    assert_close(
+        mass.flatten(), torch.zeros(mass.numel(), dtype=torch.float64).index_add_(0, cells, w), FORWARD, "mass"
+    )
+    return sums, mass, slots
+
+
+SHAPES = {
+    "four lanes a quad": (260, 2, 16, 64),
+    "eight lanes, three classes": (150, 3, 16, 128),
+    "sixteen lanes": (70, 2, 33, 256),
+    "thirty-two lanes, sums out of shared memory": (40, 2, 16, 512),
+    "slots out of shared memory": (130, 2, 300, 64),
+    "many classes, more slots than bins": (60, 64, 20, 4),
+    "one slot": (200, 1, 1, 64),
+    "one column": (300, 2, 5, 1),
+    "more bins than threads": (260, 9, 31, 12),
+    "as many classes as may be": (330, 64, 3, 20),
+    "the most slots and columns": (9, 1, 1024, 512),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_shapes(emulator: emulation.Emulator, shape: str, dtype: torch.dtype) -> None:
+    n, c, k, s = SHAPES[shape]
+    check(*case(n, c, k, s, dtype), weights=torch.rand(n))
+
+
+def test_the_shapes_cover_the_plans() -> None:
+    cut = [ema.plan(*sizes, item) for sizes in SHAPES.values() for item in (2, 4)]
+    assert {p.slot_lanes * p.column_lanes for p in cut} == {4, 8, 16, 32}
+    assert {p.in_shared for p in cut} == {True, False}
+    assert {p.stages for p in cut} == {1, 2}
+    assert {p.slot_lanes for p in cut} >= {1, 2, 4, 8, 16}
+
+
+@pytest.mark.parametrize(("c", "k", "s"), [(2, 16, 64), (3, 50, 9), (4, 40, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_schedule_changes_a_bit(
+    emulator: emulation.Emulator, c: int, k: int, s: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ema, "BLOCKS", 3)
+    memory, z, row_class = case(900, c, k, s, dtype)
+    z[::7], z[3::50] = 0, torch.nan
+    usage, weights = torch.rand(c, k), torch.rand(900)
+    results = []
+    for emulator.schedule in (emulation.FORWARD, emulation.REVERSE, *emulation.SHUFFLED):
+        moved, used = memory.clone(), usage.clone()
+        results.append((ema.ema_scatter_(moved, used, z, row_class, weights, 0.9, True), moved, used))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+    assert [name.split("_")[1] for name in emulator.started] == ["bank", "rows", "reduce"] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_of_any_size(emulator: emulation.Emulator, dtype: torch.dtype, normalize: bool) -> None:
+    """Squared lengths leave float32 on both sides. One class at a time: sums of huge rows would hide tiny ones."""
+    most = 4 if dtype == torch.float16 else 36
+    for power in (-most, -most // 2 - 1, -12, 12, most // 2 + 1, most):
+        memory, z, _ = case(60, 1, 9, 20)
+        z = (z * 10.0**power).to(dtype)
+        if not z.isfinite().all():
+            continue
+        z[5] = 0
+        check(memory, z, torch.zeros(60, dtype=torch.int64), torch.rand(60), normalize)
+
+
+def test_the_largest_row(emulator: emulation.Emulator) -> None:
+    memory, z, row_class = case(3, 1, 4, 24)
+    z[:], row_class[:] = 3e38 * z.sign(), 0
+    sums, mass, _ = check(memory, z, row_class)
+    assert sums.isfinite().all()
+    assert float(mass.sum()) == 3
+
+
+def test_rows_and_classes_that_do_not_count(emulator: emulation.Emulator) -> None:
+    memory, z, row_class = case(400, 3, 12, 37)
+    z[0::11, 3], z[1::11, 36], z[2::11, 0] = torch.nan, torch.inf, -torch.inf
+    row_class[3::11] = torch.tensor([3, -2, 2**62, -(2**62), 2**32, 2**32 + 1]).repeat(7)[: len(row_class[3::11])]
+    row_class[4::11] = -1
+    _, mass, slots = check(memory, z, row_class)
+    assert not (slots[3::11] >= 0).any()
+    assert int(mass.sum()) == int((slots >= 0).sum())
+
+
+def test_long_sums_stay_accurate(emulator: emulation.Emulator) -> None:
+    """Nearly the same row again and again, into one slot."""
+    z = torch.rand(20_000, 4) + 1
+    sums, mass, _ = ema.ema_accumulate(
+        torch.ones(1, 1, 4), z, torch.zeros(20_000).long(), torch.full((20_000,), 0.1), False
+    )
+    assert_close(sums[0, 0], (torch.tensor(0.1).double() * z.double()).sum(0), 1e-6)
+    assert_close(mass, torch.full((1, 1), 20_000.0).double() * torch.tensor(0.1).double(), 1e-6)
+
+
+def test_a_mean_that_is_not_finite_keeps_the_slot(emulator: emulation.Emulator) -> None:
+    memory, usage = torch.nn.functional.normalize(torch.randn(1, 3, 5), dim=-1), torch.zeros(1, 3)
+    sums, mass, before = torch.randn(1, 3, 5), torch.ones(1, 3), memory.clone()
+    sums[0, 0, 2], sums[0, 1, 4] = torch.nan, torch.inf
+    ema.ema_apply_(memory, usage, sums, mass, 0.5)
+    assert torch.equal(memory[0, :2], before[0, :2])
+    assert not torch.equal(memory[0, 2], before[0, 2])
+    assert torch.equal(usage, torch.full((1, 3), 0.5))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("columns", "dtype"), [(64, torch.float32), (24, torch.float32), (24, torch.bfloat16)])
+def test_rows_that_begin_anywhere(emulator: emulation.Emulator, offset: int, columns: int, dtype: torch.dtype) -> None:
+    memory, wide, row_class = case(150, 2, 16, columns, dtype)[0], torch.randn(300, columns + 8).to(dtype), None
+    row_class = torch.randint(0, 2, (150,))
+    check(memory, wide[::2, offset : columns + offset], row_class)
+
+
+# --- plans
+
+
+@pytest.mark.parametrize("n", [0, 1, 1000, 4_000_000, 2_000_000_000])
+@pytest.mark.parametrize("sizes", LIMITS)
+@pytest.mark.parametrize("item", [2, 4])
+def test_plans_fit(n: int, sizes: tuple[int, int, int], item: int) -> None:
+    c, k, s = sizes
+    cut = ema.plan(n, c, k, s, item)
+    assert cut.shared <= ema.MOST_SHARED
+    assert (cut.blocks - 1) * cut.block_rows < max(n, 1) <= max(cut.blocks * cut.block_rows, 1)
+    assert cut.block_rows % cut.tile_rows == 0
+    assert 0 < cut.tile_rows <= ema.THREADS
+    assert cut.blocks < 2**31
+    lanes = cut.slot_lanes * cut.column_lanes
+    assert lanes in (4, 8, 16, 32)
+    assert cut.column_lanes >= 2
+    assert cut.tile_rows <= ema.THREADS * ema.QUAD // lanes
+    assert cut.tile_pitch >= s * item
+    assert cut.tile_pitch % 32 == 16
+    assert cut.bank_slots >= -(-k // (ema.OWN * cut.slot_lanes)) * ema.OWN * cut.slot_lanes
+    assert 4 * cut.bank_columns * item == -(-s * item // 16) * 16
+    assert all(at % 16 == 0 for at in (cut.sums_at, cut.bank_at, cut.stage_at, cut.stage_bytes))
+    assert cut.mass_at % 8 == cut.classes_at % 8 == cut.weights_at % 4 == 0
+    partial = ema.workspace_bytes(cut, c, k, s)["partial_sums"]
+    assert partial <= max(ema.WORKSPACE, 4 * c * k * cut.sum_pitch)
+
+
+def test_the_plan_for_the_shape_it_is_for() -> None:
+    """Four blocks on a multiprocessor of an H100, and two rounds of them or a little less."""
+    cut = ema.plan(4_000_000, 2, 16, 64, 4)
+    assert cut.in_shared
+    assert 4 * (cut.shared + 1024) <= 228 * 1024
+    assert 0.9 * ema.BLOCKS < cut.blocks <= ema.BLOCKS
+    assert sum(ema.workspace_bytes(cut, 2, 16, 64).values()) < 0.01 * 4_000_000 * 64 * 4
+
+
+def test_both_sides_agree_on_the_task() -> None:
+    if emulation.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert emulation.library().task_bytes() == ctypes.sizeof(ema.Task)
+    assert emulation.library().state_bytes() == ema.STATE
+    assert set(ema.Plan._fields) - {"in_shared", "shared"} <= {name for name, *_ in ema.Task._fields_}
+
+
+# --- what the tests above judge shows in kernels that are broken on purpose
+
+BREAKS = {
+    "a barrier is missing": (
+        "      collect(tile, first, count);\n      __syncthreads();",
+        "      collect(tile, first, count);",
+    ),
+    "copies are not waited for": ("        wait_for_all();", "        ;"),
+    "ties go to the last": ("score[r][i] > best[r]", "score[r][i] >= best[r]"),
+    "a lane leaves its warp": (
+        "      for (int step = quads_of_warp; step < kWarp; step *= 2) {",
+        "      for (int step = quads_of_warp; step < kWarp - lane; step *= 2) {",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", BREAKS)
+def test_what_is_broken_is_seen(
+    emulator: emulation.Emulator, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("csrc/cuda", "tests/cpp"):
+        (tmp_path / folder).mkdir(parents=True)
+        for path in (emulation.ROOT / folder).iterdir():
+            if path.is_file():
+                (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    source = tmp_path / "csrc" / "cuda" / "ema_scatter.cuh"
+    old, new = BREAKS[broken]
+    text = source.read_text()
+    assert text.count(old) == 1
+    source.write_text(text.replace(old, new))
+    monkeypatch.setattr(emulation, "ROOT", tmp_path)
+    emulation.library.cache_clear()
+    try:
+        with pytest.raises((AssertionError, subprocess.SubprocessError)):
+            everything_holds(emulator)
+    finally:
+        emulation.library.cache_clear()
+
+
+def everything_holds(emulator: emulation.Emulator) -> None:
+    memory, z, row_class = case(500, 2, 16, 64)
+    memory = memory[:, :4].repeat_interleave(2, 1).repeat(1, 2, 1)
+    results = []
+    for emulator.schedule in (emulation.FORWARD, emulation.REVERSE, *emulation.SHUFFLED):
+        results.append(check(memory, z, row_class))
+        assert set(results[-1][2].tolist()) == {-1, 0, 2, 4, 6}
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+
+
+def test_everything_holds(emulator: emulation.Emulator) -> None:
+    everything_holds(emulator)
