@@ -104,3 +104,31 @@ MEMORY = SlotChoices(half=SlotTiles(64, 64, 64), single=SlotTiles(32, 32, 64))
 def register_limit() -> dict[str, int]:
     """All registers that a thread may have: left alone, ptxas spills a few bytes to fit one more program."""
     return {"maxnreg": 255} if PLATFORM == "cuda" else {}
+
+
+class GraphTiles(NamedTuple):
+    """How graph attention is cut: neighbours of a tile, columns of a head, nodes of a program in backward."""
+
+    rows: int
+    columns: int
+    nodes: int
+    warps: int = 1
+    stages: int = 2
+
+
+class GraphChoices(NamedTuple):
+    """Neighbours of a tile for 16-bit and for 32-bit rows, and nodes of a program."""
+
+    half: int
+    single: int
+    nodes: int = 1
+
+    def choose(self, width: int, dtype: torch.dtype) -> GraphTiles:
+        """All columns of a head at once, 256 of them to a warp."""
+        columns = _at_most(1 << 30, width)
+        rows = self.single if dtype == torch.float32 else self.half
+        return GraphTiles(rows, columns, self.nodes, max(1, columns // 256))
+
+
+GRAPH = GraphChoices(half=8, single=8)
+GRAPH_BACKWARD = GraphChoices(half=8, single=8, nodes=8)

@@ -27,8 +27,19 @@ def _memory_sizes(memory: Tensor | None = None) -> str:
     return ""
 
 
+_GRAPH_COLUMNS = 1024
+
+
+def _graph_sizes(att: Tensor | None = None) -> str:
+    """Why the kernels don't take these heads (H, C); empty if they do."""
+    if att is None or att.ndim != 2 or att.shape[1] <= _GRAPH_COLUMNS:
+        return ""
+    return f"takes at most {_GRAPH_COLUMNS} columns a head, got {att.shape[1]}"
+
+
 # What an op cannot take: from its tensors, in the order in which it gives them to dispatch, to a reason or nothing.
 _LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
+    "graph_attention": lambda args: _graph_sizes(*args[2:3]),
     "memory_similarity": lambda args: _memory_sizes(*args[1:2]),
     "memory_guided_pool": lambda args: _memory_sizes(*args[2:3]),
     "soft_angle_loss": lambda args: _memory_sizes(*args[1:2]),
