@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 
@@ -39,3 +40,23 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> flo
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = interleaved({"product": lambda: a @ b}, rounds=9)["product"]
     return 2 * n**3 / seconds
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most memory that torch's allocator held during a call, above what it held before.
+
+    On the CPU what the profiler saw allocated and freed is added up; a kernel's own small buffers are not seen.
+    """
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
