@@ -295,10 +295,5 @@ def _or(seed: Tensor | None, edges: Edges) -> Tensor:
 
 
 def _meta(tiles: GraphTiles) -> dict[str, int]:
-    return {
-        "BLOCK": tiles.rows,
-        "COLUMNS": tiles.columns,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        **register_limit(),
-    }
+    meta = {"BLOCK": tiles.rows, "COLUMNS": tiles.columns, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    return meta | register_limit() if tiles.warps > 1 else meta  # one warp spills nothing, and many fit
