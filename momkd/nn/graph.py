@@ -113,6 +113,6 @@ class GraphEncoder(nn.Module):
     def forward(self, x: Tensor, edges: Edges) -> Tensor:
         """x (N, L), a graph of N nodes -> (N, D)."""
         near = nn.functional.elu(self.ln1(self.gat1(x, edges)), inplace=True)
-        first = self.res_proj1(x).add_(nn.functional.dropout(near, self.dropout, self.training))
+        first: Tensor = self.res_proj1(x).add_(nn.functional.dropout(near, self.dropout, self.training))
         far = nn.functional.relu(self.ln2(self.gat2(first, edges)), inplace=True)
         return first + nn.functional.dropout(far, self.dropout, self.training)
