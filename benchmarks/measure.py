@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -55,14 +56,24 @@ def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> flo
     return 2 * n**3 / seconds
 
 
-def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Most that the call held on the GPU above what was held before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most memory that torch's allocator held during a call, above what it held before.
+
+    On the CPU what the profiler saw allocated and freed is added up; a kernel's own small buffers are not seen.
+    """
     call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def forward_and_backward(form: Callable[[], Tensor], leaves: Iterable[Tensor]) -> Callable[[], None]:
@@ -102,10 +113,8 @@ def compare(
     (operations, moved), (mine, *peers) = work, calls
     floor = max(operations / product_rate(device, dtype), moved / copy_rate(device))
     info = benchmark.extra_info
-    if device == "cuda":
-        for name, call in calls.items():
-            call()  # compiled, and its workspaces made
-            info[f"peak MB of {name}"] = peak_extra_bytes(call) / 1e6
+    for name, call in calls.items():
+        info[f"peak MB of {name}"] = peak_bytes(call, device) / 1e6
     seconds = interleaved(calls, rounds=rounds)
     for name, each in seconds.items():
         info[f"seconds of {name}"] = each

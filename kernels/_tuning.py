@@ -101,6 +101,21 @@ class SlotTiles(NamedTuple):
         return self._replace(rows=rows, slots=at_most(self.slots, slots), columns=at_most(self.columns, width))
 
 
+class GraphTiles(NamedTuple):
+    """How graph attention is cut: neighbours of a tile, nodes of a program, columns of a head."""
+
+    rows: int = 8
+    nodes: int = 1
+    columns: int = 16
+    warps: int = 1
+    stages: int = 2
+
+    def fitted(self, chip: str, dtype: torch.dtype, width: int) -> GraphTiles:
+        """All columns of a head at once, 256 of them to a warp."""
+        columns = at_most(1 << 30, width)
+        return self._replace(columns=columns, warps=max(1, columns // 256))
+
+
 class _Cut(Protocol):
     def fitted(self, chip: str, dtype: torch.dtype, *sizes: int) -> Any: ...
 
@@ -266,6 +281,8 @@ MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
     single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),
 )
+GRAPH = Candidates(half=(GraphTiles(),), single=(GraphTiles(),))
+GRAPH_BACKWARD = Candidates(half=(GraphTiles(nodes=8),), single=(GraphTiles(nodes=8),))
 
 
 def register_limit(device: torch.device) -> dict[str, int]:

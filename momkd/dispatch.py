@@ -23,7 +23,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "memory_similarity": ("triton", "native", "torch"),
     "memory_guided_pool": ("triton", "native", "torch"),
     "soft_angle_loss": ("triton", "native", "torch"),
-    "graph_attention": ("native", "torch"),
+    "graph_attention": ("triton", "native", "torch"),
     "ema_accumulate": ("cuda", "native", "torch"),
     "ema_apply_": ("cuda", "native", "torch"),
     "ema_scatter_": ("cuda", "native", "torch"),

@@ -52,8 +52,19 @@ def _score_heads(_: Any = None, scores: Tensor | None = None) -> str:
     return f"takes 1 to {_MOST_HEADS} heads, got {scores.shape[1]}"
 
 
+_GRAPH_COLUMNS = 1024
+
+
+def _graph_sizes(att: Tensor | None = None) -> str:
+    """Why the kernels don't take these heads (H, C); empty if they do."""
+    if att is None or att.ndim != 2 or att.shape[1] <= _GRAPH_COLUMNS:
+        return ""
+    return f"takes at most {_GRAPH_COLUMNS} columns a head, got {att.shape[1]}"
+
+
 # What an op cannot take: from its tensors, in the order in which it gives them to dispatch, to a reason or nothing.
 _LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
+    "graph_attention": lambda args: _graph_sizes(*args[2:3]),
     "gated_attention_pool": lambda args: _gate_sizes(*args[:5]),
     "attention_pool": lambda args: _score_heads(*args[:2]),
     "memory_similarity": lambda args: _memory_sizes(*args[1:2]),

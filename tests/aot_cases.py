@@ -104,9 +104,24 @@ def _soft_angle_loss(kernels: ModuleType, dtype: torch.dtype, C: int, K: int, S:
     kernels.soft_angle_loss_backward(torch.zeros(ROWS), z, memory, labels, 0.3, 5.0, 20.0, needs)
 
 
+def _graph_attention(
+    kernels: ModuleType, dtype: torch.dtype, L: int, H: int, dropout: bool = False, frozen: bool = False
+) -> None:
+    """L columns a head; frozen: no gradient of x_r."""
+    from momkd.graph import from_edge_index
+
+    edges = from_edge_index(torch.arange(2 * ROWS).view(2, ROWS) % ROWS, ROWS)
+    x_l, x_r = torch.zeros(2, ROWS, H * L, dtype=dtype)
+    att = torch.zeros(H, L, dtype=dtype)
+    given = x_l, x_r, att, edges, 0.2, *((0.5, torch.tensor(7)) if dropout else (0.0, None))
+    out, scores, stats = kernels.graph_attention(*given)
+    kernels.graph_attention_backward(torch.zeros_like(out), *given, out, scores, stats, (True, not frozen, True))
+
+
 _START: dict[str, Callable[..., None]] = {
     "attention_pool": _attention_pool,
     "gated_attention_pool": _gated_attention_pool,
+    "graph_attention": _graph_attention,
     "memory_similarity": _memory_similarity,
     "memory_guided_pool": _memory_guided_pool,
     "soft_angle_loss": _soft_angle_loss,
@@ -130,6 +145,12 @@ CASES: tuple[Case, ...] = (
     Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1, "dropout": True}, default=True),
     Case("gated_attention_pool", SINGLE, {"L": 500, "D": 64, "H": 4}),
     Case("gated_attention_pool", SINGLE, {"L": 1536, "D": 512, "H": 1, "ungated": True}),
+    Case("graph_attention", HALF, {"L": 256, "H": 2, "dropout": True}, default=True),
+    Case("graph_attention", HALF, {"L": 256, "H": 2}, default=True),
+    Case("graph_attention", HALF, {"L": 1024, "H": 1, "frozen": True}, default=True),
+    Case("graph_attention", FLOAT16, {"L": 100, "H": 4, "dropout": True}),
+    Case("graph_attention", SINGLE, {"L": 256, "H": 2, "dropout": True}, default=True),
+    Case("graph_attention", SINGLE, {"L": 64, "H": 8}, default=True),
     Case("memory_similarity", HALF, {"C": 2, "K": 16, "S": 64, "reduce": "max"}, default=True),
     Case("memory_similarity", HALF, {"C": 4, "K": 256, "S": 512, "reduce": "lse", "learned": True}, default=True),
     Case("memory_similarity", FLOAT16, {"C": 2, "K": 256, "S": 64, "reduce": "max", "learned": True}),

@@ -27,6 +27,7 @@ PRODUCTS = {
     "memory_similarity": ("memory_similarity_fwd_kernel",),
     "memory_guided_pool": (),
     "soft_angle_loss": ("soft_angle_loss_fwd_kernel", "soft_angle_loss_bwd_kernel"),
+    "graph_attention": (),
 }
 PRODUCTS_OF_HEADS = {"attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel")}
 # Kernels that read the rows of a bag from end to end.
@@ -34,6 +35,11 @@ STREAMS = {
     "attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel"),
     "gated_attention_pool": ("gated_attention_pool_fwd_kernel", "pool_backward_kernel"),
     "memory_guided_pool": ("pool_backward_kernel",),
+    "graph_attention": (
+        "graph_attention_fwd_kernel",
+        "graph_attention_bwd_target_kernel",
+        "graph_attention_bwd_source_kernel",
+    ),
 }
 SOME_OR_ALL = [pytest.param(False, id="default"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 

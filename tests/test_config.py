@@ -87,5 +87,7 @@ def test_wrong_files(tmp_path: Path) -> None:
             read_config(path)
     with pytest.raises(InputError, match="expected a TOML configuration"):
         read_config(tmp_path / "none.toml")
-    with pytest.raises(InputError, match=r"expected one of fast, abmil, omics, got 'fats'; did you mean 'fast'\?"):
+    with pytest.raises(
+        InputError, match=r"expected one of paper, fast, abmil, omics, got 'fats'; did you mean 'fast'\?"
+    ):
         Config.preset("fats")

@@ -61,10 +61,8 @@ def test_nvrtc(arch: str) -> None:
         pytest.skip(reason)
     code = nvrtc.compile(int(arch.removeprefix("sm_")))
     assert code.startswith(b"\x7fELF")
-    if aot.unavailable():
-        return
-    for report in cuda_table.reports([arch], code):
-        assert report.spills == report.stack == 0, report.kernel
+    for kernel in cuda_table.KERNELS:  # its machine code is read as nvcc writes it: older tools can't read NVRTC's
+        assert kernel.encode() in code
 
 
 def test_why_nvrtc_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

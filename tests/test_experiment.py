@@ -386,7 +386,10 @@ def test_the_command_line_says_one_line_and_exits_with_2(
         (["train", "--labels", own_cohort.labels], "--splits"),
         (["evaluate", tmp_path / "none"], "expected the folder of a run, got nothing there"),
         ([*command(own_cohort, out), "--set", "memory.slot=3"], "did you mean 'memory.slots'?"),
-        ([*command(own_cohort, out), "--preset", "paper"], "preset: expected one of fast, abmil, omics, got 'paper'"),
+        (
+            [*command(own_cohort, out), "--preset", "poster"],
+            "preset: expected one of paper, fast, abmil, omics, got 'poster'",
+        ),
         (["simulate", tmp_path / "sim", "--visibility", "3"], "visibility: expected a number from 0 to 1"),
     ):
         done = momkd(*arguments)

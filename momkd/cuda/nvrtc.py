@@ -47,9 +47,9 @@ def compile(arch: int) -> bytes:
     nvrtc, reason = library()
     if nvrtc is None:
         raise RuntimeError(reason)
-    text = [(folder / header).read_text(encoding="utf-8") for header in HEADERS]
+    headers = [(folder / header).read_bytes() for header in HEADERS]
     main = (folder / "cuda" / "ema_scatter.cuh").read_text(encoding="utf-8")
-    program = nvrtc.createProgram(main, "ema_scatter.cuh", text, HEADERS)
+    program = nvrtc.createProgram(main, "ema_scatter.cuh", headers, [name.encode() for name in HEADERS])
     try:
         nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture=sm_{arch}"))
         return bytes(nvrtc.getCUBIN(program))

@@ -72,6 +72,8 @@ class GraphEncoder(nn.Module):
 
     h1 = drop(ELU(LN(GAT1 x))) + W x;  h2 = drop(ELU(LN(GAT2 h1))) + h1;  F = max(h1, h2).
 
+    What is positive of ELU is ReLU, so F is computed as h1 + drop(ReLU(LN(GAT2 h1))), the same value and gradient.
+
     Args:
         in_features: L.
         features: D, a multiple of `heads`.
@@ -110,9 +112,7 @@ class GraphEncoder(nn.Module):
 
     def forward(self, x: Tensor, edges: Edges) -> Tensor:
         """x (N, L), a graph of N nodes -> (N, D)."""
-        first = self._activated(self.ln1(self.gat1(x, edges))) + self.res_proj1(x)
-        second = self._activated(self.ln2(self.gat2(first, edges))) + first
-        return torch.maximum(first, second)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(nn.functional.elu(x), self.dropout, self.training)
+        near = nn.functional.elu(self.ln1(self.gat1(x, edges)), inplace=True)
+        first: Tensor = self.res_proj1(x).add_(nn.functional.dropout(near, self.dropout, self.training))
+        far = nn.functional.relu(self.ln2(self.gat2(first, edges)), inplace=True)
+        return first + nn.functional.dropout(far, self.dropout, self.training)

@@ -140,7 +140,7 @@ def test_features_of_another_type_or_width() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": "resnet"}, "encoder: expected 'mlp' or 'identity', got 'resnet'"),
+        ({"encoder": "resnet"}, "encoder: expected 'mlp' or 'identity' or 'gatv2', got 'resnet'"),
         ({"pooling": "mean"}, "pooling: expected 'memory' or 'gated', got 'mean'"),
         ({"rows": "bag"}, "rows: expected 'slide' or 'patch' or 'attention', got 'bag'"),
         ({"update": "adam"}, "update: expected 'momentum' or 'gradient', got 'adam'"),

@@ -67,7 +67,12 @@ def test_encoder_is_its_formula() -> None:
     elu = torch.nn.functional.elu
     first = elu(encoder.ln1(encoder.gat1(x, edges))) + encoder.res_proj1(x)
     second = elu(encoder.ln2(encoder.gat2(first, edges))) + first
-    assert_close(encoder(x, edges), torch.maximum(first, second), 1e-6)
+    want, got = torch.maximum(first, second), encoder(x, edges)
+    assert_close(got, want, 1e-6)
+    grad, parameters = torch.randn_like(want), list(encoder.parameters())
+    pairs = zip(*(torch.autograd.grad(out, parameters, grad) for out in (got, want)), strict=True)
+    for (name, _), (a, b) in zip(encoder.named_parameters(), pairs, strict=True):
+        assert_close(a, b, 1e-5, name)
     with pytest.raises(ValueError, match="expected a multiple of heads = 3, got 8"):
         nn.GraphEncoder(12, 8, heads=3)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from momkd import dispatch, graph, ops, reference
+from momkd import dispatch, gpu, graph, ops, reference
 from momkd import functional as F
 from momkd.graph import Edges
 from momkd.reference.graph_attention import hearings
@@ -40,17 +40,17 @@ def hub(nodes: int, *, out: bool = False) -> Edges:
 
 def graphs() -> dict[str, Edges]:
     g = torch.Generator().manual_seed(0)
-    nearest = [graph.knn(torch.randint(0, 4000, (n, 2), generator=g)) for n in (0, 1, 2, 15, 0, 16, 17, 70)]
+    nearest = [graph.knn(torch.randint(0, 4000, (n, 2), generator=g)) for n in (0, 1, 2, 0, 7, 8, 9, 20)]
     return {
         "batch": graph.batch(nearest),
-        "random": random_edges(65, 900, g),
+        "random": random_edges(25, 300, g),
         "duplicates": random_edges(5, 200, g),
         "no edges": graph.from_edge_index(torch.zeros(2, 0, dtype=torch.int64), 9),
         "one node": graph.knn(torch.zeros(1, 2)),
         "no nodes": graph.knn(torch.zeros(0, 2)),
-        "hub": hub(300),
-        "hub of sources": hub(300, out=True),
-        "half isolated": graph.from_edge_index(torch.randint(0, 20, (2, 60), generator=g), 40),
+        "hub": hub(40),
+        "hub of sources": hub(40, out=True),
+        "half isolated": graph.from_edge_index(torch.randint(0, 10, (2, 30), generator=g), 20),
     }
 
 
@@ -82,17 +82,26 @@ def test_against_the_reference(kind: str, heads: int, width: int, p: float, back
 
 
 @pytest.mark.parametrize("out", [False, True])
-def test_a_hub_of_ten_thousand(out: bool, backend: str) -> None:
+def test_a_hub_of_ten_thousand(out: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    edges = hub(10_001, out=out)
-    check(edges, inputs(edges.num_nodes, 1, 16), backend)
+    nodes = 10_001
+    if backend == "triton":  # interpreted, a node or a tile takes milliseconds: few nodes, duplicate edges, large tiles
+        nodes, kernels = 12, gpu.kernels("graph_attention")
+        for name in ("GRAPH", "GRAPH_BACKWARD"):
+            table = getattr(kernels, name)
+            monkeypatch.setattr(kernels, name, table._replace(single=(table.single[0]._replace(rows=512),)))
+    others = torch.arange(10_000) % (nodes - 1) + 1
+    pair = [others, torch.zeros_like(others)]
+    more = torch.randint(0, nodes, (2, 5000))  # who hears one node alone, many times, has no gradient but rounding
+    edges = graph.from_edge_index(torch.cat([torch.stack(pair[::-1] if out else pair), more], 1), nodes)
+    check(edges, inputs(nodes, 1, 16), backend)
 
 
 @pytest.mark.parametrize(("heads", "width"), [(2, 256), (9, 16), (1, 130)])
 def test_widths_of_models(heads: int, width: int, backend: str) -> None:
     torch.manual_seed(0)
-    edges = graph.knn(torch.rand(60, 2))
-    check(edges, inputs(60, heads, width), backend, 0.3)
+    edges = graph.knn(torch.rand(20, 2))
+    check(edges, inputs(20, heads, width), backend, 0.3)
 
 
 def test_rows_that_lie_apart(backend: str) -> None:
@@ -206,7 +215,7 @@ def test_bags_are_independent_of_their_batch(backend: str) -> None:
 def test_backward_of_the_reference_is_that_of_autograd(p: float) -> None:
     torch.manual_seed(0)
     edges, seed = graphs()["random"], torch.tensor(9)
-    given = tuple(t.detach().double().requires_grad_() for t in inputs(65, 3, 5))
+    given = tuple(t.detach().double().requires_grad_() for t in inputs(25, 3, 5))
     out, scores, stats = reference.graph_attention(*given, edges, 0.2, p, seed)
     grad = torch.randn_like(out)
     saved = edges, 0.2, p, seed, out, scores, stats
