@@ -3,12 +3,17 @@
 MOMKD_BACKEND: the backend for every op that has it, instead of the best that can run: triton, cuda, native or torch.
     An op without that backend keeps its own choice (`momkd doctor` shows it); an op that has it but cannot run it here
     raises with the reason.
+MOMKD_RANK_TIMEOUT: seconds after which a rank of a distributed training gives up waiting for the others; 1800.
 TRITON_INTERPRET: Triton's own; with 1 its kernels run in Python on the CPU, slowly, to look at their numbers.
+WORLD_SIZE, RANK, LOCAL_RANK: as torchrun sets them for each process (torch reads more of them).
+SLURM_JOB_ID: as SLURM sets it, and keeps it when it puts a job into the queue again.
 """
 
 from __future__ import annotations
 
 import os
+
+from momkd.errors import InputError
 
 
 def backend_override() -> str | None:
@@ -19,3 +24,37 @@ def backend_override() -> str | None:
 def triton_interpreted() -> bool:
     """TRITON_INTERPRET, as Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "yes", "on", "y")
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return _count("WORLD_SIZE", 1, least=1)
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _count("RANK", 0, least=0)
+
+
+def local_rank() -> int:
+    """Which of those on this machine."""
+    return _count("LOCAL_RANK", 0, least=0)
+
+
+def rank_timeout() -> int:
+    """MOMKD_RANK_TIMEOUT."""
+    return _count("MOMKD_RANK_TIMEOUT", 1800, least=1)
+
+
+def slurm_job() -> str | None:
+    """SLURM_JOB_ID, or None outside of SLURM."""
+    return os.environ.get("SLURM_JOB_ID", "").strip() or None
+
+
+def _count(name: str, default: int, *, least: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}: expected a whole number from {least}, got {text!r}; unset it or correct it")
+    return int(text)

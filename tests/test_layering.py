@@ -26,13 +26,13 @@ BACKENDS = {"reference", "kernels", "native", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "simulate", "demo", "report", "study"),
-    *("convert", "experiment", "inference", "progress", "runs", "doctor"),
+    *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "env": set(),
+    "env": {"errors"},
     "graph": {"errors"},
     "bags": {"errors", "graph"},
     **dict.fromkeys(SIDE, GROUND | SIDE),
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(ASSEMBLED, GROUND | ASSEMBLED | {"nn", "functional", "reference", "config"}),
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),
     "cli": LIBRARY | SIDE | USERS | {"momkd"},
+    "__main__": {"cli"},
     "momkd": {"bags", "doctor"},  # and by name, when asked: see __getattr__
 }
 
