@@ -46,7 +46,7 @@ def started() -> Iterator[None]:
     Raises:
         RankError: another rank never came, ended, or did not answer within MOMKD_RANK_TIMEOUT seconds.
     """
-    opened = env.world_size() > 1 and size() == 1
+    opened, broken = env.world_size() > 1 and size() == 1, True
     try:
         if opened:
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -55,6 +55,7 @@ def started() -> Iterator[None]:
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=env.rank_timeout()))
         yield
+        broken = False
     except RuntimeError as error:
         if not _is_broken_link(error):
             raise
@@ -63,8 +64,9 @@ def started() -> Iterator[None]:
             f"{who}: expected an answer of the other ranks, got {_brief(error)}: one of them has ended or hangs; look "
             "for its own message, then train again with --resume"
         ) from error
-    if opened:  # not after an error: what is broken can't be closed in good order
-        dist.destroy_process_group()
+    finally:
+        if opened and dist.is_initialized() and not (broken and torch.cuda.is_available()):  # NCCL would wait for others
+            dist.destroy_process_group()
 
 
 def add_(*tensors: Tensor) -> None:

@@ -1,7 +1,7 @@
 """From files to a trained, evaluated run: `momkd train`.
 
 Everything that can be wrong with the input is looked at before the first epoch. What is fitted, the choice of genes and
-their scaling too, is fitted inside the training part of each fold. Of several ranks each reads the input and rank 0 writes.
+their scaling too, is fitted inside the training part of each fold. Of several ranks each reads the input, one writes.
 """
 
 from __future__ import annotations

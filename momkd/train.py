@@ -6,12 +6,13 @@ choice of the epoch that is kept. Everything follows from the seed and the numbe
 was interrupted and resumed ends with the same bits as one that was not.
 
 Several ranks (`momkd.distributed`) share every batch by patches; a mean of the loss is over the rows of all of them,
-and the memory moves by the sums of all. So a run is the same, but for rounding and dropout, however many ranks there are.
+and the memory moves by the sums of all. So a run is the same, but for rounding and dropout, on any number of ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,14 +101,17 @@ class Trainer:
         self.training, self.validation = training, validation
         self.ranks, self.losses = distributed.size(), _Losses(self.model)
         self.parallel: nn.Module = self.losses
-        if self.ranks > 1:  # its buffers are kept equal here
-            self.parallel = DistributedDataParallel(self.losses, broadcast_buffers=False)
+        if self.ranks > 1:  # buffers are kept equal by what is done to them here
+            known = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until 2.12
+            self.parallel = DistributedDataParallel(self.losses, **{option: False})
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay
         )
         patience, factor = self.options.plateau_patience, self.options.plateau_factor
         self.schedule = ReduceLROnPlateau(self.optimizer, "max", factor, patience, threshold=0.0)
         self.warmup = 0 if model.memory is None else min(config.memory.warmup, self.options.epochs - 1)
+        self.draws = torch.Generator()  # of re-seeding slots, the same on all ranks
         self.epoch = 0  # the next one
         self.best: tuple[float, float] | None = None  # validation AUC and minus the loss of the best epoch
         self.waited = 0  # epochs since then
@@ -142,7 +146,7 @@ class Trainer:
         taken: list[_Taken] = []
         step = seen = 0
         began = shown = time.perf_counter()
-        draws = torch.Generator().manual_seed(_mixed(*seed, 0, 1))  # of re-seeding, the same on all ranks
+        self.draws.manual_seed(_mixed(*seed, 0, 1))
         self.model.train()
         for step, (batch, slides, patches) in enumerate(self._shares(plan, seed), start=1):
             moving = len(taken) + 1 == options.accumulate or step == len(plan)
@@ -154,7 +158,7 @@ class Trainer:
                 (loss / options.accumulate).backward()
             taken.append(_Taken(made, slides))
             if len(taken) == options.accumulate:
-                self._move(taken, draws)
+                self._move(taken)
                 taken = []
             seen += patches
             for name, term in told.items():
@@ -165,7 +169,7 @@ class Trainer:
                 means = {name: float(total) / step for name, total in sums.items()}
                 self.report(Progress(self.epoch, options.epochs, step, len(plan), means, seen / (now - began), best))
         if taken:
-            self._move(taken, draws)
+            self._move(taken)
         means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
         with distributed.together():
             if not means or not all(np.isfinite(mean) for mean in means.values()):
@@ -216,13 +220,15 @@ class Trainer:
             n += len(several)
         return terms, told
 
-    def _move(self, taken: Sequence[_Taken], draws: torch.Generator) -> None:
+    def _move(self, taken: Sequence[_Taken]) -> None:
         """Step the optimizer, then move the memory by what the slides of these steps bring."""
+        memory, options = self.model.memory, self.config.memory
+        if memory is not None and self.epoch < self.warmup:
+            memory.memory.grad = None  # where it is a parameter: at zero its cosines have a gradient without bound
         if self.options.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        memory, options = self.model.memory, self.config.memory
         rows = [step.made.memory_rows for step in taken if step.made.memory_rows is not None]
         if memory is None or not rows or options.update != "momentum" or self.epoch < self.warmup:
             return
@@ -239,7 +245,7 @@ class Trainer:
             *(memory.memory, memory.usage, z, row_class),
             weights=weights,
             threshold=options.reseed_below,
-            generator=draws,
+            generator=self.draws,
         )
 
     @torch.no_grad()

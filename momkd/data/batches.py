@@ -198,15 +198,17 @@ class BagLoader:
         self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
     ) -> tuple[Tensor, Edges | None]:
         """Features and graph of a slide, or of the patches that were drawn from it; only the whole is kept."""
-        if slide in self._cache:
-            x, edges = self._cache[slide]
-        else:
+        x, edges = self._cache.get(slide, (None, None))
+        new = 0  # bytes
+        if x is None:
             x = self.read(slide)
-            edges = None if self.graph is None or drawn is not None else self.graph(slide, None)
-            size = x.nbytes + (edges.nbytes if edges is not None else 0)
-            if self._held + size <= self.cache_bytes:
-                self._cache[slide] = x, edges
-                self._held += size
+            new += x.nbytes
+        if self.graph is not None and drawn is None and edges is None:
+            edges = self.graph(slide, None)
+            new += edges.nbytes
+        if new and self._held + new <= self.cache_bytes:
+            self._cache[slide] = x, edges
+            self._held += new
         if drawn is not None:
             x, edges = x[torch.from_numpy(drawn)], None if self.graph is None else self.graph(slide, drawn)
         if self._nothing is None:
