@@ -65,7 +65,9 @@ def started() -> Iterator[None]:
             "for its own message, then train again with --resume"
         ) from error
     finally:
-        if opened and dist.is_initialized() and not (broken and torch.cuda.is_available()):  # NCCL would wait for others
+        if (
+            opened and dist.is_initialized() and not (broken and torch.cuda.is_available())
+        ):  # NCCL would wait for others
             dist.destroy_process_group()
 
 
