@@ -1,7 +1,8 @@
 """Everything that only a GPU can tell, in one command: `python benchmarks/gpu_report.py --out DIR`.
 
 First correctness (`pytest -m gpu`), then the benchmarks; each part has a limit of time, and what it printed is kept
-whatever came of it. DIR then holds doctor.json, gpu_tests.txt, benchmarks.txt, benchmarks.json and summary.json.
+whatever came of it. DIR then holds doctor.json, gpu_tests.txt, benchmarks.txt, benchmarks.json, the profile of a
+training step, report.md with its plots, and summary.json.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"gpu_tests": (["tests", "-m", "gpu", "-x"], 240), "benchmarks": (["benchmarks", "-k", "cuda"], 280)}
+PYTEST = ["pytest", "-q", "-ra"]
+
+
+def parts(out: Path) -> dict[str, tuple[list[str], int]]:
+    """What is run, as arguments of `python -m`, and its limit of seconds: under nine minutes in all."""
+    results = out / "benchmarks.json"
+    return {
+        "gpu_tests": ([*PYTEST, "tests", "-m", "gpu", "-x"], 200),
+        "benchmarks": ([*PYTEST, "benchmarks", "-k", "cuda", f"--benchmark-json={results}"], 260),
+        "profile": (["benchmarks.profile_step", "--out", str(out)], 50),
+        "report": (["benchmarks.report", str(results), "--out", str(out)], 20),
+    }
 
 
 def run_part(name: str, arguments: list[str], limit: int, out: Path) -> dict[str, Any]:
-    """One run of pytest, its output in DIR/<name>.txt; it is ended at its limit of seconds."""
+    """One part, its output in DIR/<name>.txt; it is ended at its limit of seconds."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", *arguments]
+    command = [sys.executable, "-m", *arguments]
     with (out / f"{name}.txt").open("w", encoding="utf-8") as file:
         try:
             code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
@@ -44,9 +56,8 @@ def main(out: Annotated[Path, typer.Option("--out", help="Folder for what comes 
         raise SystemExit("gpu_report: expected a GPU that torch can use, got none; doctor.json says what is there")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     summary: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": commit or None}
-    for name, (arguments, limit) in PARTS.items():
-        extra = [f"--benchmark-json={out / 'benchmarks.json'}"] if name == "benchmarks" else []
-        summary[name] = run_part(name, [*arguments, *extra], limit, out)
+    for name, (arguments, limit) in parts(out).items():
+        summary[name] = run_part(name, arguments, limit, out)
         print(f"{name}: {summary[name]}", flush=True)
         (out / "summary.json").write_text(json.dumps(summary, indent=2))
         if name == "gpu_tests" and summary[name]["exit code"] != 0:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 import momkd
-from momkd.errors import BackendError, InputError
+from momkd import env
+from momkd.errors import BackendError, InputError, RankError, SharedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Multiple-instance learning on whole-slide images: train with genomics, predict from the slide alone.",
 )
+_WITH_RANKS = ("train", "evaluate")
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
@@ -62,6 +64,7 @@ def train(
     graphs: Graphs = None,
 ) -> None:
     """Train a model on every fold, predict its test slides, and evaluate."""
+    from momkd import distributed
     from momkd.config import Config, read_config
     from momkd.experiment import train_run
     from momkd.progress import ConsoleReporter
@@ -71,7 +74,7 @@ def train(
         chosen = read_config(config, base=chosen)
     chosen = chosen.with_settings(set_ or [])
     reporter = ConsoleReporter(out_console)
-    with contextlib.closing(reporter):
+    with distributed.started(), contextlib.closing(reporter):
         run = train_run(
             features,
             labels,
@@ -88,7 +91,8 @@ def train(
             graphs=graphs,
             reporter=reporter,
         )
-    _show_metrics(run.folder)
+        if distributed.first():
+            _show_metrics(run.folder)
 
 
 @app.command()
@@ -103,17 +107,22 @@ def evaluate(
     graphs: Graphs = None,
 ) -> None:
     """Metrics of a run with intervals; with --features and --labels also on an external cohort."""
+    from momkd import distributed
     from momkd.evaluate import evaluate_external, evaluate_run
     from momkd.runs import Run
 
     opened = Run(run)
     if (features is None) != (labels is None):
         raise InputError("evaluate: expected --features and --labels together, got one of them; give both or none")
-    if features is not None and labels is not None:
-        options: dict[str, Any] = {"label": label, "skip_bad": skip_bad, "device": device, "graphs": graphs}
-        _say_skipped(evaluate_external(opened, features, labels, **options))
-    evaluate_run(opened, bootstrap=bootstrap)
-    _show_metrics(run)
+    with distributed.started():
+        skipped: dict[str, str] = {}
+        if features is not None and labels is not None:
+            options: dict[str, Any] = {"label": label, "skip_bad": skip_bad, "device": device, "graphs": graphs}
+            skipped = evaluate_external(opened, features, labels, **options)
+        if distributed.first():
+            _say_skipped(skipped)
+            evaluate_run(opened, bootstrap=bootstrap)
+            _show_metrics(run)
 
 
 @app.command()
@@ -298,8 +307,9 @@ def _one_clear_line() -> Iterator[None]:
     """Errors that a user can mend leave with exit code 2 and one line; an interrupt with 130."""
     try:
         yield
-    except (InputError, BackendError) as error:
-        err_console.print(f"[red]momkd: error:[/red] {escape(str(error))}", soft_wrap=True)
+    except (InputError, BackendError, RankError) as error:
+        if not (isinstance(error, SharedError) and error.silent):
+            err_console.print(f"[red]momkd: error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         err_console.print("momkd: interrupted")
@@ -314,11 +324,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    command = context.invoked_subcommand
+    if env.world_size() > 1 and command not in _WITH_RANKS:
+        told = f"{command}: expected one process, got {env.world_size()}; only {' and '.join(_WITH_RANKS)} use torchrun"
+        raise SharedError(told, silent=env.rank() > 0)
 
 
 def main() -> None:

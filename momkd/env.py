@@ -5,13 +5,18 @@ MOMKD_BACKEND: the backend for every op that has it, instead of the best that ca
     raises with the reason.
 MOMKD_TUNE: with 1, Triton kernels time a few ways to cut their work at their first use in a shape (`momkd.tune`).
 MOMKD_CACHE_DIR: the folder of what was found so, by default ~/.cache/momkd.
+MOMKD_RANK_TIMEOUT: seconds after which a rank of a distributed training gives up waiting for the others; 1800.
 TRITON_INTERPRET: Triton's own; with 1 its kernels run in Python on the CPU, slowly, to look at their numbers.
+WORLD_SIZE, RANK, LOCAL_RANK: as torchrun sets them for each process (torch reads more of them).
+SLURM_JOB_ID: as SLURM sets it, and keeps it when it puts a job into the queue again.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from momkd.errors import InputError
 
 
 def backend_override() -> str | None:
@@ -39,5 +44,39 @@ def cache_folder() -> Path | None:
         return None
 
 
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return _count("WORLD_SIZE", 1, least=1)
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _count("RANK", 0, least=0)
+
+
+def local_rank() -> int:
+    """Which of those on this machine."""
+    return _count("LOCAL_RANK", 0, least=0)
+
+
+def rank_timeout() -> int:
+    """MOMKD_RANK_TIMEOUT."""
+    return _count("MOMKD_RANK_TIMEOUT", 1800, least=1)
+
+
+def slurm_job() -> str | None:
+    """SLURM_JOB_ID, or None outside of SLURM."""
+    return os.environ.get("SLURM_JOB_ID", "").strip() or None
+
+
 def _switched_on(name: str) -> bool:
     return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y")
+
+
+def _count(name: str, default: int, *, least: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}: expected a whole number from {least}, got {text!r}; unset it or correct it")
+    return int(text)

@@ -13,3 +13,15 @@ class InputError(ValueError):
 
 class BackendError(RuntimeError):
     """A backend named by the caller cannot run this call; the message carries the reason."""
+
+
+class SharedError(InputError):
+    """An InputError that ends every process of a distributed training, to be printed by one: not where `silent`."""
+
+    def __init__(self, message: str, *, silent: bool) -> None:
+        super().__init__(message)
+        self.silent = silent
+
+
+class RankError(RuntimeError):
+    """Another process of a distributed training has ended, hangs, or holds something else than this one."""

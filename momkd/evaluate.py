@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from momkd import distributed
 from momkd.data.atomic import write_csv, write_json
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
@@ -60,6 +61,8 @@ def evaluate_external(
 ) -> dict[str, str]:
     """Predicts another cohort with the model of every fold and writes predictions_external.csv into the run.
 
+    Several ranks share the slides, see `momkd.distributed.started`; rank 0 writes.
+
     Args:
         run: a finished run.
         features, labels: as for training; only slides with a row in the table of labels are predicted.
@@ -70,20 +73,21 @@ def evaluate_external(
     Returns:
         The slides that were skipped, and why.
     """
-    header, _ = read_rows(Path(labels))
-    column = label or (run.info.label if run.info.label in header else None)
-    table = read_labels(labels, label=column, classes=run.info.classes)
-    cohort = open_cohort(
-        features,
-        table.table.index,
-        width=run.info.in_features,
-        skip_bad=skip_bad,
-        source=table.source,
-        neighbours=run.config.model.graph_neighbours,
-        graphs=graphs,
-    )
-    slides, where = list(cohort.paths), pick_device(device)
-    options = run.config.train
+    with distributed.together():
+        where = pick_device(device)
+        header, _ = read_rows(Path(labels))
+        column = label or (run.info.label if run.info.label in header else None)
+        table = read_labels(labels, label=column, classes=run.info.classes)
+        cohort = open_cohort(
+            features,
+            table.table.index,
+            width=run.info.in_features,
+            skip_bad=skip_bad,
+            source=table.source,
+            neighbours=run.config.model.graph_neighbours,
+            graphs=graphs,
+        )
+    slides, options = list(cohort.paths), run.config.train
     loader = BagLoader(
         slides,
         table.table.loc[slides, "label"].to_numpy(np.int64),
@@ -100,5 +104,9 @@ def evaluate_external(
     for fold in run.info.folds:
         read, probs, _ = probabilities(run.load_model(fold, where), loader, where, amp=options.amp)
         parts.append(prediction_table(table.table, read, probs, run.info.classes, fold=fold, part="external"))
-    write_csv(run.folder / EXTERNAL, pd.concat(parts, ignore_index=True))
+    for found in distributed.gather(cohort.skipped):
+        cohort.skipped.update(found)
+    with distributed.together():
+        if distributed.first():
+            write_csv(run.folder / EXTERNAL, pd.concat(parts, ignore_index=True))
     return cohort.skipped

@@ -1,12 +1,13 @@
 """From files to a trained, evaluated run: `momkd train`.
 
 Everything that can be wrong with the input is looked at before the first epoch. What is fitted, the choice of genes and
-their scaling too, is fitted inside the training part of each fold.
+their scaling too, is fitted inside the training part of each fold. Of several ranks each reads the input, one writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from momkd import distributed, env
 from momkd.config import Config
-from momkd.data.atomic import write_csv, write_json
+from momkd.data.atomic import is_leftover, make_folder, remove_leftovers, write_csv, write_json
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.genes import OmicsTransform
+from momkd.data.lock import LOCK, locked
 from momkd.data.omics import Omics, read_omics
 from momkd.data.splits import Split, check_splits, read_splits
 from momkd.data.tables import Labels, read_labels
@@ -127,11 +130,13 @@ def train_run(
 ) -> Run:
     """Trains a model a fold, predicts their validation and test slides and evaluates them; returns the run.
 
+    Where torchrun started this process with others, or a group of torch.distributed exists, they train together.
+
     Args:
         features: folder of feature files, one a slide; None for model.kind="omics".
         labels: CSV of slide_id, case_id and the label.
         splits: folder of splits_0.csv, ....
-        out: folder of the run; it must not hold one yet, unless `resume`.
+        out: folder of the run; it must not hold one yet, unless `resume`, and no other training may be writing to it.
         config: everything else.
         label: column of the labels.
         omics: table of cases × genes.
@@ -142,55 +147,94 @@ def train_run(
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2: read, and written where missing; None
             builds them anew each run.
-        reporter: told how it goes.
+        reporter: told how it goes, on rank 0.
 
     Raises:
         InputError: anything wrong with the input, in one line.
+        RankError: one of several ranks ended or hangs.
     """
-    reporter = reporter or Reporter()
-    inputs = read_inputs(
-        features,
-        labels,
-        splits,
-        config=config,
-        label=label,
-        omics=omics,
-        skip_bad=skip_bad,
-        leaks=leaks,
-        graphs=graphs,
-        reporter=reporter,
-    )
-    chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
-    if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
-        raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
-    names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
-    info = RunInfo(
-        classes=list(inputs.labels.classes),
-        label=inputs.labels.name,
-        in_features=inputs.cohort.width if inputs.cohort is not None else 0,
-        folds=chosen,
-        num_splits=len(inputs.splits),
-        data={name: None if path is None else str(path) for name, path in names.items()},
-        versions={name: version(name) for name in ("momkd", "torch", "numpy", "scikit-learn")},
-        skipped=dict(inputs.cohort.skipped) if inputs.cohort is not None else {},
-    )
-    run = _open_run(Path(out), config, info, resume)
-    for fold in chosen:
-        if not run.finished(fold):
-            _train_fold(run, inputs, fold, pick_device(device), skip_bad, reporter)
+    with distributed.started():
+        if reporter is None or not distributed.first():
+            reporter = Reporter()
+        with distributed.together():
+            where = pick_device(device)
+            inputs = read_inputs(
+                features,
+                labels,
+                splits,
+                config=config,
+                label=label,
+                omics=omics,
+                skip_bad=skip_bad,
+                leaks=leaks,
+                graphs=graphs,
+                reporter=reporter,
+            )
+            chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
+            if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
+                raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
+        info = _describe(inputs, chosen, {"features": features, "labels": labels, "omics": omics, "splits": splits})
+        with _opened(Path(out), config, info, resume, reporter) as run:
+            for fold in distributed.share([fold for fold in chosen if not run.finished(fold)]):
+                _train_fold(run, inputs, fold, where, skip_bad, reporter)
+            if distributed.first():
+                return _finish(run, inputs)
+    return run
+
+
+def _finish(run: Run, inputs: Inputs) -> Run:
+    """Predictions of all folds in one table, and their evaluation."""
     if inputs.cohort is not None and inputs.cohort.skipped != run.info.skipped:  # reading found more than the headers
-        run = Run.create(out, config, replace(info, skipped={**run.info.skipped, **inputs.cohort.skipped}))
-    tables = [read_predictions(run.fold(fold) / PREDICTIONS) for fold in chosen]
+        info = replace(run.info, skipped={**run.info.skipped, **inputs.cohort.skipped})
+        run = Run.create(run.folder, run.config, info)
+    tables = [read_predictions(run.fold(fold) / PREDICTIONS) for fold in run.info.folds]
     write_csv(run.folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
     evaluate_run(run)
     return run
 
 
+def _describe(inputs: Inputs, folds: list[int], names: Mapping[str, Path | str | None]) -> RunInfo:
+    return RunInfo(
+        classes=list(inputs.labels.classes),
+        label=inputs.labels.name,
+        in_features=inputs.cohort.width if inputs.cohort is not None else 0,
+        folds=folds,
+        num_splits=len(inputs.splits),
+        data={name: None if path is None else str(path) for name, path in names.items()},
+        versions={name: version(name) for name in ("momkd", "torch", "numpy", "scikit-learn")},
+        skipped=dict(inputs.cohort.skipped) if inputs.cohort is not None else {},
+    )
+
+
+@contextlib.contextmanager
+def _opened(out: Path, config: Config, info: RunInfo, resume: bool, reporter: Reporter) -> Iterator[Run]:
+    """The run in `out`, made or gone on with, which nobody else writes to until the end of the block."""
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            if distributed.first():
+                new = not out.is_dir()
+                left = held.enter_context(locked(make_folder(out), env.slurm_job()))
+                try:
+                    run = _open_run(out, config, info, resume)
+                except BaseException:
+                    held.close()
+                    if new:
+                        with contextlib.suppress(OSError):
+                            out.rmdir()
+                    raise
+                if left is not None:
+                    reporter.note(f"{out}: {left} ended before its time; going on where it stopped")
+            else:
+                run = Run.described(out, config, info)
+        yield run
+
+
 def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
-    there = (out / "run.json").is_file()
-    if not there:
-        if out.is_dir() and any(out.iterdir()):
+    if not (out / "run.json").is_file():
+        other = [path for path in out.iterdir() if path.name != LOCK and not is_leftover(path.name)]
+        if other and not _just_begun(out, other, config, resume):
             raise InputError(f"{out}: expected a new folder, got one with other files; choose another --out")
+        remove_leftovers(out)
         return Run.create(out, config, info)
     if not resume:
         raise InputError(f"{out}: expected a new folder, got a run; go on with --resume or choose another --out")
@@ -208,23 +252,30 @@ def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
             f"{out}: expected classes {run.info.classes} and width {run.info.in_features} as when it began, got "
             f"{info.classes} and {info.in_features}; resume with the same data or choose another --out"
         )
+    remove_leftovers(out)
+    for fold in info.folds:
+        if run.finished(fold):
+            (run.fold(fold) / "state.pt").unlink(missing_ok=True)
     return Run.create(out, config, replace(info, skipped={**run.info.skipped, **info.skipped}))
+
+
+def _just_begun(out: Path, files: list[Path], config: Config, resume: bool) -> bool:
+    """Whether a run of this configuration was killed between its first two files."""
+    return resume and files == [out / "config.toml"] and files[0].read_text(encoding="utf-8") == config.to_toml()
 
 
 def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_bad: bool, reporter: Reporter) -> None:
     config, folder, split = run.config, run.fold(fold), inputs.splits[fold]
-    folder.mkdir(exist_ok=True)
-    transform = _fit_genes(inputs, split, config)
+    transform = _shared_genes(inputs, split, config, folder)
     skipped = inputs.cohort.skipped if skip_bad and inputs.cohort is not None else None
     before = set(skipped or {})
     loaders = {
         part: _loader(inputs, slides, transform, config, device, skipped) for part, slides in split.parts().items()
     }
-    if len(loaders["train"].slide_ids) == 0:
-        raise InputError(f"splits_{fold}.csv: expected slides in train, got none that can be used; see the notes")
+    with distributed.together():
+        if len(loaders["train"].slide_ids) == 0:
+            raise InputError(f"splits_{fold}.csv: expected slides in train, got none that can be used; see the notes")
     genes = None if transform is None else len(transform.genes)
-    if transform is not None:
-        write_json(folder / "genes.json", transform.to_dict())
     torch.manual_seed(config.train.seed)
     alone = config.model.kind == "omics"
     width = genes if alone and genes is not None else run.info.in_features
@@ -240,13 +291,32 @@ def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_
             slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
             table = prediction_table(inputs.labels.table, slides, probs, run.info.classes, fold=fold, part=part)
             tables.append(table)
-    for slide in sorted(set(skipped or {}) - before):
-        reporter.note(f"skipped {slide}: {(skipped or {})[slide]}")
-    if not tables:
-        raise InputError(f"splits_{fold}.csv: expected slides in val or test to score, got none; make splits again")
-    write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
-    (folder / "state.pt").unlink(missing_ok=True)
+    if skipped is not None:
+        for found in distributed.gather(skipped):
+            skipped.update(found)
+        for slide in sorted(set(skipped) - before):
+            reporter.note(f"skipped {slide}: {skipped[slide]}")
+    with distributed.together():
+        if not tables:
+            raise InputError(f"splits_{fold}.csv: expected slides in val or test to score, got none; make splits again")
+        if distributed.first():
+            write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
+            (folder / "state.pt").unlink(missing_ok=True)
     reporter.fold_ends(fold, pd.DataFrame(trainer.log))
+
+
+def _shared_genes(inputs: Inputs, split: Split, config: Config, folder: Path) -> OmicsTransform | None:
+    """What rank 0 fits and writes, on every rank."""
+    transform, facts = None, None
+    with distributed.together():
+        if distributed.first():
+            make_folder(folder)
+            transform = _fit_genes(inputs, split, config)
+        if transform is not None:
+            facts = transform.to_dict()
+            write_json(folder / "genes.json", facts)
+    facts = distributed.share(facts)
+    return transform if distributed.first() or facts is None else OmicsTransform.from_dict(facts)
 
 
 def _fit_genes(inputs: Inputs, split: Split, config: Config) -> OmicsTransform | None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from momkd.data.batches import BagLoader, Batch
-from momkd.models import MILModel, Prediction
+from momkd import distributed, env
+from momkd.data.batches import BagLoader, deal
+from momkd.errors import InputError
+from momkd.models import MILModel
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or a GPU where there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The named device, or a GPU where there is one, else the CPU. Of several ranks each has a GPU of its own."""
+    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if distributed.size() == 1 or wanted.type != "cuda":
+        return wanted
+    if wanted.index is not None:
+        raise InputError(
+            f"device: expected cuda or cpu with several ranks, got {name}; each takes the GPU of its number"
+        )
+    if env.local_rank() >= torch.cuda.device_count():
+        raise InputError(
+            f"device: expected a GPU for each rank of a machine, got {torch.cuda.device_count()} GPUs and rank number "
+            f"{env.local_rank()}; start fewer (--nproc-per-node), or give --device cpu"
+        )
+    return torch.device("cuda", env.local_rank())
 
 
 def autocast(device: torch.device, on: bool) -> torch.autocast:
@@ -22,29 +34,33 @@ def autocast(device: torch.device, on: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on and device.type == "cuda")
 
 
+def own_batches(loader: BagLoader) -> tuple[list[list[int]], list[int]]:
+    """The plan of every slide once, and the numbers of those batches of it that fall to this rank."""
+    plan = loader.once()
+    patches = [sum(loader.patches(rows)) for rows in plan]
+    return plan, deal(patches, distributed.size())[distributed.rank()]
+
+
 @torch.inference_mode()
-def predictions(
-    model: MILModel, loader: BagLoader, device: torch.device, *, amp: bool = True
-) -> Iterator[tuple[Batch, Prediction]]:
-    """Every slide of the loader once, in order and in evaluation mode."""
-    model.eval()
-    for batch in loader.batches(loader.once()):
-        moved = batch.to(device)
-        with autocast(device, amp):
-            prediction = model(moved.bags)
-        yield batch, prediction
-
-
 def probabilities(
     model: MILModel, loader: BagLoader, device: torch.device, *, amp: bool = True
 ) -> tuple[list[str], NDArray[np.float64], NDArray[np.int64]]:
-    """Slide ids (n), class probabilities (n, C) and labels (n,) of every slide of the loader that can be read."""
-    slides: list[str] = []
-    probs, labels = [], []
-    for batch, prediction in predictions(model, loader, device, amp=amp):
-        slides += batch.slide_ids
-        probs.append(torch.softmax(prediction.logits.double(), 1).cpu().numpy())
-        labels.append(batch.labels.numpy())
-    if not slides:
+    """Slide ids (n), class probabilities (n, C) and labels (n,) of every slide of the loader that can be read.
+
+    Of several ranks each computes some of the batches, all call this, and all get all of it.
+    """
+    model.eval()
+    found: list[tuple[str, list[float], int]] = []
+    with distributed.together():
+        plan, mine = own_batches(loader)
+        for batch in loader.batches(plan, only=mine):
+            with autocast(device, amp):
+                logits = model(batch.to(device).bags).logits
+            probs = torch.softmax(logits.double(), 1).tolist()
+            found += zip(batch.slide_ids, probs, batch.labels.tolist(), strict=True)
+    place = {slide: n for n, slide in enumerate(loader.slide_ids)}
+    everyone = sorted((row for part in distributed.gather(found) for row in part), key=lambda row: place[row[0]])
+    if not everyone:
         return [], np.zeros((0, 0)), np.zeros(0, np.int64)
-    return slides, np.concatenate(probs), np.concatenate(labels)
+    slides, rows, labels = zip(*everyone, strict=True)
+    return list(slides), np.array(rows, np.float64), np.array(labels, np.int64)

@@ -5,6 +5,7 @@ RUN/
     run.json               classes, width of the features, folds, where the data came from, versions
     predictions.csv        validation and test slides of every fold; predictions_external.csv of another cohort
     metrics.json           with intervals; beside it roc.png and training.png
+    run.lock               who is training; removed at the end
     fold_K/
         model.safetensors      the best epoch: all that inference needs; its header says epoch and validation score
         genomics.safetensors   the genomics tower of that epoch; inference never opens it
@@ -130,6 +131,13 @@ class Run:
         write_text(folder / "config.toml", config.to_toml())
         write_json(folder / "run.json", asdict(info))
         return cls(folder)
+
+    @classmethod
+    def described(cls, folder: Path | str, config: Config, info: RunInfo) -> Run:
+        """A run that another process writes: nothing is read."""
+        run = cls.__new__(cls)
+        run.folder, run.config, run.info = Path(folder), config, info
+        return run
 
     @property
     def num_classes(self) -> int:

@@ -4,12 +4,17 @@ An epoch draws class-balanced ragged batches; for each the weighted terms of the
 memory moves by what these slides bring to it. Then validation: its AUC drives the learning rate, early stopping and the
 choice of the epoch that is kept. Everything follows from the seed and the number of the epoch, so on the CPU a run that
 was interrupted and resumed ends with the same bits as one that was not.
+
+Several ranks (`momkd.distributed`) share every batch by patches; a mean of the loss is over the rows of all of them,
+and the memory moves by the sums of all. So a run is the same, but for rounding and dropout, on any number of ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +23,15 @@ import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from momkd import distributed, functional
 from momkd.config import Config
 from momkd.data.atomic import write_csv
 from momkd.data.batches import BagLoader, Batch
 from momkd.errors import InputError
-from momkd.inference import autocast, probabilities
+from momkd.inference import autocast, own_batches, probabilities
 from momkd.models import MemoryRows, MILModel, TrainingStep
 from momkd.models.reservoir import Reservoir
 from momkd.runs import load_state, restore, save_model, save_state
@@ -46,6 +53,25 @@ class Progress:
     best: float | None  # validation AUC
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step since the optimizer last moved."""
+
+    made: TrainingStep  # of this rank's share
+    slides: int  # of all ranks
+
+
+class _Losses(nn.Module):
+    """A model whose forward is its training step, so that DistributedDataParallel sees it."""
+
+    def __init__(self, model: MILModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> TrainingStep:
+        return self.model.training_step(batch.bags, batch.labels, batch.omics, batch.has_omics)
+
+
 class Trainer:
     """Trains a model and keeps its best epoch.
 
@@ -55,7 +81,7 @@ class Trainer:
         training: slides to learn from; those without label teach by reconstruction alone.
         validation: slides that choose the epoch; where they lack a class, the last epoch is kept.
         device: where to compute.
-        folder: where model, log and state are written each epoch, and where `run` goes on from; None: nowhere.
+        folder: where model, log and state are written each epoch (by rank 0), and where `run` goes on from; or None.
         report: called a few times a second.
     """
 
@@ -73,12 +99,22 @@ class Trainer:
         self.device, self.folder, self.report = torch.device(device), folder, report
         self.model, self.config, self.options = model.to(self.device), config, config.train
         self.training, self.validation = training, validation
+        self.ranks, self.losses = distributed.size(), _Losses(self.model)
+        self.parallel: nn.Module = self.losses
+        if self.ranks > 1:  # buffers are kept equal by what is done to them here
+            known = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until 2.12
+            self.parallel = DistributedDataParallel(self.losses, **{option: False})
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay
+            model.parameters(),
+            lr=self.options.learning_rate,
+            weight_decay=self.options.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
         )
         patience, factor = self.options.plateau_patience, self.options.plateau_factor
         self.schedule = ReduceLROnPlateau(self.optimizer, "max", factor, patience, threshold=0.0)
         self.warmup = 0 if model.memory is None else min(config.memory.warmup, self.options.epochs - 1)
+        self.draws = torch.Generator()  # of re-seeding slots, the same on all ranks
         self.epoch = 0  # the next one
         self.best: tuple[float, float] | None = None  # validation AUC and minus the loss of the best epoch
         self.waited = 0  # epochs since then
@@ -87,16 +123,20 @@ class Trainer:
 
     def run(self) -> MILModel:
         """Train to the end; returns the model of the best epoch in evaluation mode."""
-        if self.folder is not None and (self.folder / "state.pt").is_file():
-            self._resume(self.folder / "state.pt")
+        if self.folder is not None and distributed.share((self.folder / "state.pt").is_file()):
+            with distributed.together():
+                self._resume(self.folder / "state.pt")
+        distributed.check_same(self.model.state_dict(), "weights before training")
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
-            torch.manual_seed(_mixed(self.options.seed, self.epoch))  # of dropout
+            torch.manual_seed(_mixed(self.options.seed, self.epoch, distributed.rank()))  # of dropout
             if self.epoch == self.warmup:
                 self._fill_memory()
             self.log.append({"epoch": self.epoch, **self._train_epoch(), **self._validate()})
             self._judge(self.log[-1]["val_auc"], self.log[-1]["val_loss"])
             self.epoch += 1
-            self._save()
+            distributed.check_same(self.model.state_dict(), f"weights after epoch {self.epoch}")
+            with distributed.together():
+                self._save()
         self.model.load_state_dict(self.kept)
         return self.model.eval()
 
@@ -106,72 +146,134 @@ class Trainer:
         options, seed = self.options, (self.options.seed, self.epoch)
         plan = self.training.training(*seed, balanced=options.balanced)
         sums: dict[str, Tensor] = {}
-        taken: list[TrainingStep] = []  # since the optimizer last moved
-        step = patches = 0
+        taken: list[_Taken] = []
+        step = seen = 0
         began = shown = time.perf_counter()
+        self.draws.manual_seed(_mixed(*seed, 0, 1))
         self.model.train()
-        for step, batch in enumerate(self.training.batches(plan, seed=seed), start=1):
-            made = self._step(batch)
-            loss = sum((getattr(self.config.loss, name) * term for name, term in made.losses.items()), torch.zeros(()))
-            (loss / options.accumulate).backward()
-            taken.append(made)
+        for step, (batch, slides, patches) in enumerate(self._shares(plan, seed), start=1):
+            moving = len(taken) + 1 == options.accumulate or step == len(plan)
+            with contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                with autocast(self.device, options.amp):
+                    made = self.parallel(batch.to(self.device))
+                terms, told = self._over_ranks(made)
+                loss = sum((getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(()))
+                (loss / options.accumulate).backward()
+            taken.append(_Taken(made, slides))
             if len(taken) == options.accumulate:
                 self._move(taken)
                 taken = []
-            patches += batch.bags.num_rows
-            for name, term in made.losses.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term.detach()
+            seen += patches
+            for name, term in told.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term
             now = time.perf_counter()
             if self.report and (now - shown > 0.2 or step == len(plan)):  # reading the sums waits for the device
                 shown, best = now, self.best[0] if self.best else None
                 means = {name: float(total) / step for name, total in sums.items()}
-                self.report(Progress(self.epoch, options.epochs, step, len(plan), means, patches / (now - began), best))
+                self.report(Progress(self.epoch, options.epochs, step, len(plan), means, seen / (now - began), best))
         if taken:
             self._move(taken)
         means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
-        if not means or not all(np.isfinite(mean) for mean in means.values()):
-            told = f"{means} in epoch {self.epoch}; lower train.learning_rate" if means else "no slide that can be read"
-            raise InputError(f"training: expected finite losses, got {told}")
+        with distributed.together():
+            if not means or not all(np.isfinite(mean) for mean in means.values()):
+                told_ = (
+                    f"{means} in epoch {self.epoch}; lower train.learning_rate"
+                    if means
+                    else "no slide that can be read"
+                )
+                raise InputError(f"training: expected finite losses, got {told_}")
         seconds = time.perf_counter() - began
         rate = float(self.optimizer.param_groups[0]["lr"])
-        return {**means, "learning_rate": rate, "patches_per_second": patches / seconds}
+        return {**means, "learning_rate": rate, "patches_per_second": seen / seconds}
 
-    def _step(self, batch: Batch) -> TrainingStep:
-        batch = batch.to(self.device)
-        with autocast(self.device, self.options.amp):
-            return self.model.training_step(batch.bags, batch.labels, batch.omics, batch.has_omics)
+    def _shares(self, plan: Sequence[Sequence[int]], seed: tuple[int, int]) -> Iterator[tuple[Batch, int, int]]:
+        """This rank's share of every batch, and the slides and patches that it has on all ranks."""
+        if self.ranks == 1:
+            for batch in self.training.batches(plan, seed=seed):
+                yield batch, len(batch.bags), batch.bags.num_rows
+            return
+        shares = self.training.batches(plan, seed=seed, share=(distributed.rank(), self.ranks))
+        for _ in plan:
+            with distributed.together():  # a slide that cannot be read ends the training of all
+                batch = next(shares)
+            total = torch.tensor([len(batch.bags), batch.bags.num_rows], dtype=torch.float64)
+            distributed.add_(total)
+            yield batch, int(total[0]), int(total[1])
 
-    def _move(self, taken: list[TrainingStep]) -> None:
+    def _over_ranks(self, made: TrainingStep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms of the loss to differentiate, and what they are over all ranks.
+
+        DistributedDataParallel takes the mean of the ranks' gradients. So that it becomes that of the mean over the
+        rows of all, a rank's mean over n rows of N counts ranks · n / N.
+        """
+        if self.ranks == 1:
+            return made.losses, {name: term.detach() for name, term in made.losses.items()}
+        means = [mean for several in made.terms.values() for mean in several]
+        counts = torch.stack([mean.count for mean in means]).double()
+        values = torch.stack([mean.value.detach() for mean in means]).double()
+        total = torch.stack([counts, counts * values])
+        distributed.add_(total)
+        share = (counts / total[0].clamp_min(1) * self.ranks).unbind()
+        whole = (total[1] / total[0].clamp_min(1)).unbind()
+        terms, told, n = {}, {}, 0
+        for name, several in made.terms.items():
+            mine = [mean.value * part.to(mean.value.dtype) for mean, part in zip(several, share[n:], strict=False)]
+            terms[name] = torch.stack(mine).sum()
+            told[name] = torch.stack(whole[n : n + len(several)]).sum()
+            n += len(several)
+        return terms, told
+
+    def _move(self, taken: Sequence[_Taken]) -> None:
         """Step the optimizer, then move the memory by what the slides of these steps bring."""
+        memory, options = self.model.memory, self.config.memory
+        if memory is not None and self.epoch < self.warmup:
+            memory.memory.grad = None  # where it is a parameter: at zero its cosines have a gradient without bound
         if self.options.clip_norm > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        memory, options = self.model.memory, self.config.memory
-        rows = [step.memory_rows for step in taken if step.memory_rows is not None]
+        rows = [step.made.memory_rows for step in taken if step.made.memory_rows is not None]
         if memory is None or not rows or options.update != "momentum" or self.epoch < self.warmup:
             return
         moved, m = MemoryRows.concatenate(rows), options.momentum
         if m is None:  # half of the memory is new after `half_life` epochs, however many slides that is
-            slides = sum(step.logits.shape[0] for step in taken)
+            slides = sum(step.slides for step in taken)
             m = 2.0 ** (-slides / (options.half_life * len(self.training.slide_ids)))
-        memory.update_(
-            moved.rows, moved.row_class, momentum=m, weights=moved.weights, reseed_below=options.reseed_below
+        reduce = distributed.add_ if self.ranks > 1 else None
+        memory.update_(moved.rows, moved.row_class, momentum=m, weights=moved.weights, reduce=reduce)
+        if options.reseed_below is None or not bool((memory.usage < options.reseed_below).any()):
+            return
+        z, row_class, weights = map(distributed.gather_rows, (moved.rows, moved.row_class, moved.weights))
+        functional.reseed_(
+            *(memory.memory, memory.usage, z, row_class),
+            weights=weights,
+            threshold=options.reseed_below,
+            generator=self.draws,
         )
 
     @torch.no_grad()
     def _fill_memory(self) -> None:
-        """A pass over the training slides: the memory becomes clusters of what they would scatter into it."""
-        if self.model.memory is None:
+        """A pass over the training slides: the memory becomes clusters of what they would scatter into it.
+
+        A batch's draws follow from its number alone, so that the reservoirs of several ranks become that of one.
+        """
+        memory, seed = self.model.memory, self.options.seed
+        if memory is None:
             return
         self.model.eval()
-        generator = torch.Generator().manual_seed(self.options.seed)
-        reservoir = Reservoir(self.model.memory.num_classes, self.config.memory.reservoir, generator)
-        for batch in self.training.batches(self.training.once()):
-            rows = self._step(batch).memory_rows
-            if rows is not None:
-                reservoir.add(rows)
-        self.model.memory.fill_(*reservoir.rows(), generator=generator)
+        classes, _, width = memory.memory.shape
+        reservoir = Reservoir(classes, self.config.memory.reservoir, width, self.device)
+        with distributed.together():
+            plan, mine = own_batches(self.training)
+            for batch in self.training.batches(plan, only=mine):
+                with autocast(self.device, self.options.amp):
+                    rows = self.losses(batch.to(self.device)).memory_rows
+                if rows is not None:
+                    reservoir.add(rows, torch.Generator().manual_seed(_mixed(seed, batch.number)))
+        for c, (keys, rows) in enumerate(reservoir.kept):
+            reservoir.cut(c, distributed.gather_rows(keys), distributed.gather_rows(rows))
+        memory.fill_(*reservoir.rows(), generator=torch.Generator().manual_seed(seed))
+        distributed.copy_from_first_(memory.memory, memory.usage)
 
     # -- choosing an epoch ---------------------------------------------------------------------------------------
 
@@ -206,7 +308,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not distributed.first():
             return
         write_csv(self.folder / "log.csv", pd.DataFrame(self.log))
         if self.waited == 0:
@@ -223,6 +325,6 @@ class Trainer:
             setattr(self, name, state[name])
 
 
-def _mixed(seed: int, epoch: int) -> int:
-    """A seed of torch that differs for every seed and epoch."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+def _mixed(*numbers: int) -> int:
+    """A seed of torch that differs for all numbers, such as seed, epoch and rank; zeros at the end don't count."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -26,13 +26,13 @@ BACKENDS = {"reference", "kernels", "native", "cuda", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "simulate", "demo", "report", "study"),
-    *("convert", "experiment", "inference", "progress", "runs", "doctor"),
+    *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "env": set(),
+    "env": {"errors"},
     "graph": {"errors"},
     "bags": {"errors", "graph"},
     **dict.fromkeys(SIDE, GROUND | SIDE),
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),
     "cli": LIBRARY | SIDE | USERS | {"momkd"},
     "momkd": {"bags", "doctor", "gpu"},  # and by name, when asked: see __getattr__
+    "__main__": {"cli"},
 }
 
 # Work on the host that is no op: a public function checks its arguments and calls the definition itself.

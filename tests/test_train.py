@@ -142,6 +142,22 @@ def test_the_memory_moves_only_by_momentum() -> None:
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
+def test_a_memory_moved_by_gradients_waits_for_its_filling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At zero its gradient is past 1e11, and clipping that would leave nothing of the others'."""
+    norms: list[float] = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, n: norms.append(float(clip(p, n))))
+    made = trainer("fast", "train.epochs=3", "memory.update=gradient", "memory.warmup=2")
+    made._train_epoch()
+    assert not made.model.memory.is_filled
+    assert max(norms) < 1e3
+    made.epoch = 2
+    made._fill_memory()
+    before = made.model.memory.memory.detach().clone()
+    made._train_epoch()
+    assert not torch.equal(made.model.memory.memory, before)
+
+
 def test_half_life_means_the_same_for_any_size_of_step() -> None:
     """Over half_life epochs the momenta of all steps multiply to one half."""
     for size in (1, 5, 24):

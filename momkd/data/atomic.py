@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,19 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # it is gone after the rename
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files that a killed process left in a folder and under it; nobody else may be writing."""
+    for path in folder.rglob(".*"):
+        if is_leftover(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether `atomic_write` names its temporary files so."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp(\.\w+)?", name) is not None
 
 
 def make_folder(path: Path | str) -> Path:

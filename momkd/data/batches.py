@@ -1,6 +1,7 @@
 """Ragged batches of slides: by a budget of patches, balanced over classes, read ahead while the model computes.
 
-The order of an epoch follows from (seed, epoch) alone, whatever was read before: a resumed run sees the same batches.
+The order of an epoch follows from (seed, epoch) alone, whatever was read before: a resumed run sees the same batches,
+and so does each of several ranks, which reads its own share of every batch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ _AHEAD = 2  # batches read while one is in use
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B slides: bags, labels (B,) int64 with −1 for none; profiles (B, G) and has_omics (B,) bool, or None."""
+    """B slides: bags, labels (B,) int64 with −1 for none; profiles (B, G) and has_omics (B,) bool, or None.
 
+    `number` is its place in the plan.
+    """
+
+    number: int
     slide_ids: tuple[str, ...]
     bags: Bags
     labels: Tensor
@@ -35,7 +40,7 @@ class Batch:
         """On `device`; from pinned memory without waiting."""
         moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.omics, self.has_omics))
         bags, labels = self.bags.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(self.slide_ids, bags, labels, *moved)
+        return Batch(self.number, self.slide_ids, bags, labels, *moved)
 
 
 @dataclass(eq=False)
@@ -71,6 +76,7 @@ class BagLoader:
     skipped: dict[str, str] | None = None
     _cache: dict[str, tuple[Tensor, Edges | None]] = field(default_factory=dict, init=False, repr=False)
     _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
+    _nothing: tuple[Tensor, Edges | None] | None = field(default=None, init=False, repr=False)  # of a slide: no row
 
     def training(self, seed: int, epoch: int, *, balanced: bool = True) -> list[list[int]]:
         """The batches of an epoch as rows of `slide_ids`.
@@ -88,25 +94,42 @@ class BagLoader:
         """Every slide once, in order, for prediction."""
         return self._packed(list(range(len(self.slide_ids))), 0)
 
-    def batches(self, plan: Sequence[Sequence[int]], *, seed: Sequence[int] | None = None) -> Iterator[Batch]:
-        """The batches of a plan, read ahead by a thread. `seed` is of the subsampling; None takes all patches."""
+    def batches(
+        self,
+        plan: Sequence[Sequence[int]],
+        *,
+        seed: Sequence[int] | None = None,
+        share: tuple[int, int] | None = None,
+        only: Sequence[int] | None = None,
+    ) -> Iterator[Batch]:
+        """The batches of a plan, read ahead by a thread. One of which no slide can be read is left out.
+
+        Args:
+            plan: rows of `slide_ids`, batch by batch.
+            seed: of the subsampling; None takes all patches.
+            share: (rank, ranks): of every batch, the slides that fall to this rank, so that the ranks' patches are
+                about equal. Then every batch comes, be it one of no slides.
+            only: the numbers of the batches that are wanted, ascending; None for all.
+        """
         with ThreadPoolExecutor(1, "momkd-read") as pool:
             waiting: deque[Future[Batch | None]] = deque()
-            for number, rows in enumerate(plan):
-                rng = None if seed is None else np.random.default_rng([*seed, number])
-                waiting.append(pool.submit(self._batch, rows, rng))
+            for number in range(len(plan)) if only is None else only:
+                waiting.append(pool.submit(self._batch, number, plan[number], seed, share))
                 if len(waiting) > _AHEAD and (batch := waiting.popleft().result()) is not None:
                     yield batch
             while waiting:
                 if (batch := waiting.popleft().result()) is not None:
                     yield batch
 
+    def patches(self, rows: Sequence[int], *, most: int = 0) -> list[int]:
+        """Patches of each of these slides, `most` at most unless 0."""
+        sizes = [self.sizes[self.slide_ids[row]] for row in rows]
+        return [min(size, most) for size in sizes] if most else sizes
+
     def _packed(self, order: Sequence[int], most: int) -> list[list[int]]:
         plan: list[list[int]] = []
         patches = 0
-        for row in order:
-            size = self.sizes[self.slide_ids[row]]
-            size = min(size, most) if most else size
+        for row, size in zip(order, self.patches(order, most=most), strict=True):
             full = not plan or len(plan[-1]) >= self.slides_per_step or patches + size > self.patch_budget
             if full:
                 plan.append([])
@@ -115,12 +138,18 @@ class BagLoader:
             patches += size
         return plan
 
-    def _batch(self, rows: Sequence[int], rng: np.random.Generator | None) -> Batch | None:
+    def _batch(
+        self, number: int, rows: Sequence[int], seed: Sequence[int] | None, share: tuple[int, int] | None
+    ) -> Batch | None:
         features, graphs, kept = [], [], []
-        for row in rows:
-            slide, drawn = self.slide_ids[row], None
-            if rng is not None and 0 < self.max_patches < self.sizes[slide]:
-                drawn = np.sort(rng.choice(self.sizes[slide], self.max_patches, replace=False))
+        most = 0 if seed is None else self.max_patches
+        mine = range(len(rows)) if share is None else deal(self.patches(rows, most=most), share[1])[share[0]]
+        for position in mine:
+            row, drawn = rows[position], None
+            slide = self.slide_ids[row]
+            if seed is not None and 0 < most < self.sizes[slide]:
+                rng = np.random.default_rng([*seed, number, position])
+                drawn = np.sort(rng.choice(self.sizes[slide], most, replace=False))
             try:
                 x, edges = self._slide(slide, drawn)
             except InputError as error:
@@ -131,36 +160,78 @@ class BagLoader:
             features.append(x)
             graphs.append(edges)
             kept.append(row)
-        if not kept:
+        if not kept and share is None:
             return None
+        if kept:
+            bags = Bags.from_list(features)
+        else:
+            nothing, edges = self._no_rows()
+            bags, graphs = Bags.from_lengths(nothing, []), [edges]
         omics = has_omics = None
         if self.omics is not None:
             profiles = torch.from_numpy(self.omics[kept])
             has_omics = ~profiles.isnan().any(1)
             omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
-        bags, labels = Bags.from_list(features), torch.from_numpy(self.labels[kept])
+        labels = torch.from_numpy(self.labels[kept])
         if self.graph is not None:
             bags = bags.with_edges(batch([edges for edges in graphs if edges is not None]))
         if self.pin:
             bags, labels = bags.pin_memory(), labels.pin_memory()
-        return Batch(tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
+        return Batch(number, tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
+
+    def _no_rows(self) -> tuple[Tensor, Edges | None]:
+        """Features (0, L) and their graph, cut from a slide that can be read."""
+        for slide in self.slide_ids:
+            if self._nothing is not None:
+                break
+            try:
+                self._slide(slide, None)
+            except InputError as error:
+                if self.skipped is None:
+                    raise
+                self.skipped[slide] = str(error)
+        if self._nothing is None:
+            raise InputError(f"features: expected slides that can be read, got none of {len(self.slide_ids)}")
+        return self._nothing
 
     def _slide(
         self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
     ) -> tuple[Tensor, Edges | None]:
         """Features and graph of a slide, or of the patches that were drawn from it; only the whole is kept."""
-        if slide in self._cache:
-            x, edges = self._cache[slide]
-        else:
+        x, edges = self._cache.get(slide, (None, None))
+        new = 0  # bytes
+        if x is None:
             x = self.read(slide)
-            edges = None if self.graph is None or drawn is not None else self.graph(slide, None)
-            size = x.nbytes + (edges.nbytes if edges is not None else 0)
-            if self._held + size <= self.cache_bytes:
-                self._cache[slide] = x, edges
-                self._held += size
-        if drawn is None:
-            return x, edges
-        return x[torch.from_numpy(drawn)], None if self.graph is None else self.graph(slide, drawn)
+            new += x.nbytes
+        if self.graph is not None and drawn is None and edges is None:
+            edges = self.graph(slide, None)
+            new += edges.nbytes
+        if new and self._held + new <= self.cache_bytes:
+            self._cache[slide] = x, edges
+            self._held += new
+        if drawn is not None:
+            x, edges = x[torch.from_numpy(drawn)], None if self.graph is None else self.graph(slide, drawn)
+        if self._nothing is None:
+            self._nothing = x[:0].clone(), None if edges is None else edges.rows(0, 0)
+        return x, edges
+
+
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Deals n things out so that the ranks' sums of sizes are about equal: indices by rank, each list ascending.
+
+    The largest first, each to the rank that has least. A rank may get nothing.
+
+    Example:
+        >>> deal([5, 1, 9, 3], 2)
+        [[2], [0, 1, 3]]
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0, 0, r) for r in range(ranks)]  # size, number, rank
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        total, number, r = min(load)
+        shares[r].append(i)
+        load[r] = (total + sizes[i], number + 1, r)
+    return [sorted(mine) for mine in shares]
 
 
 def class_balance(labels: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -70,7 +70,7 @@ class ABMIL(MILModel):
         self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
     ) -> TrainingStep:
         logits, _ = self._logits_and_scores(bags)
-        return TrainingStep({"classification": classification_loss(logits, labels)}, logits)
+        return TrainingStep({"classification": [classification_loss(logits, labels)]}, logits)
 
     def forward(self, bags: Bags) -> Prediction:
         logits, scores = self._logits_and_scores(bags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,26 @@ class MemoryRows:
 
 
 @dataclass(frozen=True)
-class TrainingStep:
-    """The terms of the loss by name, each a scalar without weight; the logits; and rows for the memory, if any."""
+class Mean:
+    """A mean over `count` rows of a batch, 0 where there are none: so the means of several ranks can become one."""
 
-    losses: dict[str, Tensor]
+    value: Tensor  # scalar
+    count: Tensor  # scalar
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The terms of the loss by name, without their weights, each a mean or a sum of means; the logits; and rows for the
+    memory, if any."""
+
+    terms: Mapping[str, Sequence[Mean]]
     logits: Tensor  # (B, C)
     memory_rows: MemoryRows | None = None
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The terms as scalars."""
+        return {name: torch.stack([mean.value for mean in means]).sum() for name, means in self.terms.items()}
 
 
 class MILModel(nn.Module):
@@ -131,16 +145,18 @@ class SlideClassifier(nn.Module):
         return logits[:, 0] if pooled.shape[1] == 1 else logits.diagonal(dim1=1, dim2=2)
 
 
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, mean over the labelled slides; 0 where there are none."""
+def classification_loss(logits: Tensor, labels: Tensor) -> Mean:
+    """Cross-entropy over the labelled slides."""
     total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
-    return total / (labels >= 0).sum().clamp_min(1)
+    count = (labels >= 0).sum()
+    return Mean(total / count.clamp_min(1), count)
 
 
-def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Tensor:
-    """Mean squared error over the values of the profiles that are present (B,) bool; 0 where there are none."""
+def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Mean:
+    """Mean squared error over the values of the profiles that are present (B,) bool."""
     each = (decoded.float() - profile.float()).square().mean(1)  # (B,)
-    return torch.where(present, each, torch.zeros_like(each)).sum() / present.sum().clamp_min(1)
+    count = present.sum()
+    return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)
 
 
 def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:

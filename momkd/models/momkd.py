@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from momkd.bags import Bags
 from momkd.models.base import (
     POOLINGS,
+    Mean,
     MemoryRows,
     MILModel,
     Prediction,
@@ -156,22 +157,23 @@ class MoMKD(MILModel):
         by_gradient = self.memory.update == "gradient"
         committed = slide if self.rows == "slide" and not by_gradient else z
         row_class = labels if committed is slide else labels[bag_index(bags.offsets, z.shape[0])]
-        losses = {
-            "classification": classification_loss(logits, labels),
-            "memory": self.memory.commitment_loss(committed, row_class),
-            "soft_angle_slide": self.soft_angle(slide, self.memory.memory, labels),
+        labelled = (labels >= 0).sum()
+        terms = {
+            "classification": [classification_loss(logits, labels)],
+            "memory": [Mean(self.memory.commitment_loss(committed, row_class), (row_class >= 0).sum())],
+            "soft_angle_slide": [Mean(self.soft_angle(slide, self.memory.memory, labels), labelled)],
         }
         if by_gradient:
-            losses["memory"] = losses["memory"] + self.memory.orthogonality_loss(labels)
+            terms["memory"].append(Mean(self.memory.orthogonality_loss(labels), labelled))
         genomic, taught = None, torch.zeros_like(labels, dtype=torch.bool)
         if self.genomics is not None and omics is not None:
             present = torch.ones_like(taught) if has_omics is None else has_omics
             taught = present & (labels >= 0)
             genomic, decoded = self.genomics(omics)
             own = torch.where(taught, labels, torch.full_like(labels, -1))
-            losses["soft_angle_omics"] = self.soft_angle(genomic, self.memory.memory, own)
-            losses["reconstruction"] = reconstruction_loss(decoded, omics, present)
-        return TrainingStep(losses, logits, self._memory_rows(bags, labels, z, attention, slide, genomic, taught))
+            terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]
+            terms["reconstruction"] = [reconstruction_loss(decoded, omics, present)]
+        return TrainingStep(terms, logits, self._memory_rows(bags, labels, z, attention, slide, genomic, taught))
 
     @torch.no_grad()
     def _memory_rows(

@@ -79,11 +79,11 @@ class OmicsClassifier(MILModel):
         embedding = self.encoder(profile)
         logits = self.classifier(embedding)
         present = torch.ones_like(labels, dtype=torch.bool)
-        losses = {
-            "classification": classification_loss(logits, labels),
-            "reconstruction": reconstruction_loss(self.decoder(embedding), profile, present),
+        terms = {
+            "classification": [classification_loss(logits, labels)],
+            "reconstruction": [reconstruction_loss(self.decoder(embedding), profile, present)],
         }
-        return TrainingStep(losses, logits)
+        return TrainingStep(terms, logits)
 
     def forward(self, bags: Bags) -> Prediction:
         logits = self.classifier(self.encoder(_profiles(bags)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -103,12 +104,26 @@ class MemoryBank(nn.Module):
         weights: Tensor | None = None,
         reseed_below: float | None = None,
         generator: torch.Generator | None = None,
+        reduce: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Tensor | None:
         """Move the memory by momentum; see `momkd.functional.ema_scatter_`. Returns the assignments (N,) int32.
 
         With `update="gradient"` nothing is moved and None is returned: there the optimizer does it.
+
+        Args:
+            rows, row_class, momentum, weights, reseed_below, generator: as in `ema_scatter_`.
+            reduce: adds up in place, over the ranks of a distributed training, the sums (C, K, S) and the mass (C, K)
+                that each gathered from its own rows. All then hold the same memory; assignments are not returned, and
+                `reseed_below`, which draws from the rows of one rank, is refused.
         """
         if self.update == "gradient":
+            return None
+        if reduce is not None:
+            if reseed_below is not None:
+                raise ValueError(f"reseed_below: expected None where reduce is given, got {reseed_below}")
+            sums, mass = functional.ema_accumulate(self.memory, rows, row_class, weights=weights)
+            reduce(sums, mass)
+            functional.ema_apply_(self.memory, self.usage, sums, mass, momentum=momentum)
             return None
         return functional.ema_scatter_(
             self.memory,

@@ -172,14 +172,14 @@ def test_omics_classifier_takes_profiles_as_bags_of_one_row() -> None:
 
 def test_reservoir_is_bounded_and_draws_by_mass() -> None:
     generator = torch.Generator().manual_seed(0)
-    reservoir = Reservoir(3, 100, generator)
+    reservoir = Reservoir(3, 100, 2)
     for start in range(0, 4000, 400):
         rows = torch.arange(start, start + 400, dtype=torch.float32)[:, None].repeat(1, 2)
         row_class = torch.arange(400) % 3 - 1  # −1, 0, 1
         weights = torch.where(rows[:, 0] < 2000, 1.0, 9.0)
         weights[::50] = 0
         rows[5] = torch.nan
-        reservoir.add(MemoryRows(rows, row_class, weights))
+        reservoir.add(MemoryRows(rows, row_class, weights), generator)
     rows, classes = reservoir.rows()
     assert [int((classes == c).sum()) for c in range(3)] == [100, 100, 0]
     assert rows.isfinite().all()
@@ -188,4 +188,4 @@ def test_reservoir_is_bounded_and_draws_by_mass() -> None:
     assert 0.8 < heavy < 0.98  # 9 to 1 by mass
     assert (rows[:, 0] % 50 != 0).all()
     with pytest.raises(ValueError, match="expected rows, got none"):
-        Reservoir(2, 3, generator).rows()
+        Reservoir(2, 3, 2).rows()

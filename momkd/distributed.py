@@ -1,0 +1,184 @@
+"""Ranks: the processes of one training on several GPUs or machines, as torchrun starts them.
+
+In one process nothing here does anything: `size()` is 1, sums and gathered values are one's own. With several, every
+function but `size`, `rank` and `first` is collective: all ranks call it, in the same order. Tensors travel by
+gloo from the CPU and by NCCL from GPUs; everything else travels as JSON, so that no pickle is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from momkd import env
+from momkd.errors import InputError, RankError, SharedError
+
+_BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this process is."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def first() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def started() -> Iterator[None]:
+    """Joins the ranks that torchrun started, if it did, for as long as the block lasts. A group that exists is used.
+
+    Raises:
+        RankError: another rank never came, ended, or did not answer within MOMKD_RANK_TIMEOUT seconds.
+    """
+    opened, broken = env.world_size() > 1 and size() == 1, True
+    try:
+        if opened:
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if env.local_rank() < gpus:
+                torch.cuda.set_device(env.local_rank())
+            backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=env.rank_timeout()))
+        yield
+        broken = False
+    except RuntimeError as error:
+        if not _is_broken_link(error):
+            raise
+        who = f"rank {env.rank() if opened else rank()}"
+        raise RankError(
+            f"{who}: expected an answer of the other ranks, got {_brief(error)}: one of them has ended or hangs; look "
+            "for its own message, then train again with --resume"
+        ) from error
+    finally:
+        if (
+            opened and dist.is_initialized() and not (broken and torch.cuda.is_available())
+        ):  # NCCL would wait for others
+            dist.destroy_process_group()
+
+
+def add_(*tensors: Tensor) -> None:
+    """Replace float tensors by their sums over the ranks, which are the same bits on each. One message for all."""
+    if size() == 1:
+        return
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))
+
+
+def copy_from_first_(*tensors: Tensor) -> None:
+    """Replace tensors by those of rank 0."""
+    if size() > 1:
+        for t in tensors:
+            dist.broadcast(t, 0)
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """The rows of all ranks in their order: (n_r, ...) of one dtype and width -> (Σ n_r, ...) on every rank."""
+    return torch.cat(_gather(x)) if size() > 1 else x
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank gives, on every rank; values of JSON."""
+    if size() == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(bytes(part.tolist())) for part in _gather(text)]
+
+
+def share(value: Any) -> Any:
+    """What rank 0 gives, on every rank; a value of JSON."""
+    return gather(value if first() else None)[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that succeeds on every rank or fails on every rank; also, no rank leaves it before all have come.
+
+    Raises:
+        SharedError: a rank had an InputError: the same line on all, which rank 0 prints.
+        RankError: on the other ranks, where one had an error of another kind.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if size() == 1 or isinstance(error, (RankError, SharedError)) or _is_broken_link(error):
+            raise
+        failure = error
+    if size() == 1:
+        return
+    failed = torch.tensor([float(failure is not None)])
+    add_(failed)
+    if not failed:
+        return
+    told = None if failure is None else [isinstance(failure, InputError), _brief(failure)]
+    answers = gather(told)
+    if failure is not None and not isinstance(failure, InputError):
+        raise failure
+    for number, answer in enumerate(answers):
+        if answer is not None and answer[0]:
+            raise SharedError(answer[1], silent=not first()) from failure
+        if answer is not None:
+            raise RankError(f"rank {rank()}: rank {number} ended with {answer[1]}; see its own message")
+
+
+def check_same(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises RankError where a rank holds other bits than rank 0: then their trainings have come apart."""
+    if size() == 1:
+        return
+    digests: dict[str, str] = {}
+    for name, t in tensors.items():
+        digests[name] = hashlib.sha256(t.detach().cpu().numpy().tobytes()).hexdigest()
+    everyone = gather(digests)
+    for number, other in enumerate(everyone):
+        for name, digest in everyone[0].items():
+            if other.get(name) != digest:
+                raise RankError(
+                    f"rank {number}: {what}: expected the same {name!r} as on rank 0, got another; all ranks need "
+                    "the same files, the same version of momkd and torch, and processors of one kind"
+                )
+
+
+def _gather(x: Tensor) -> list[Tensor]:
+    """The tensors (n_r, ...) of all ranks, whose first dimensions may differ."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(size())]
+    dist.all_gather(counts, torch.tensor([x.shape[0]]))
+    rows = [int(n) for n in counts]
+    padded = x.new_zeros(max(rows), *x.shape[1:])
+    padded[: x.shape[0]] = x.detach()
+    parts = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(parts, padded)
+    return [part[:n] for part, n in zip(parts, rows, strict=True)]
+
+
+def _is_broken_link(error: Exception) -> bool:
+    if isinstance(error, RankError):
+        return False
+    kinds: Iterable[Any] = (dist.DistError,) if dist.is_available() else ()
+    return isinstance(error, tuple(kinds)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _BROKEN)
+    )
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error: all of it where it is one for users."""
+    if isinstance(error, InputError):
+        return str(error)
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line.rpartition("] ")[2] if line.startswith("[") else f"{type(error).__name__}: {line}"
