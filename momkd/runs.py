@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from momkd.config import Config
 from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
-from momkd.data.raw import one_line
+from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, MILModel, MoMKD, OmicsClassifier
 
@@ -219,7 +219,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 def load_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """What `save_state` wrote, with these keys; nothing in the file is ever executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
         if not isinstance(state, dict) or not set(keys) <= set(state):
             raise ValueError("not what training saves")
     except Exception as error:  # the unpickler of a damaged file raises nearly anything

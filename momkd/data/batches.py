@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class BagLoader:
         patch_budget: patches of a batch at most; a larger slide is a batch of its own.
         max_patches: of a slide in `training` batches, drawn anew each time; 0 takes all.
         cache_bytes: features kept in memory between epochs.
+        bucket: slides, in the order they were drawn, that are sorted by size before they are joined into batches, which
+            are then shuffled: batches of like slides fill the budget better. 0 joins them as they were drawn.
         pin: page-locked batches, for a GPU.
         graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
@@ -67,6 +69,7 @@ class BagLoader:
     max_patches: int = 0
     cache_bytes: int = 0
     pin: bool = False
+    bucket: int = 0
     graph: Callable[[str, np.ndarray[tuple[int], np.dtype[np.int64]] | None], Edges] | None = None
     skipped: dict[str, str] | None = None
     _cache: dict[str, tuple[Tensor, Edges | None]] = field(default_factory=dict, init=False, repr=False)
@@ -82,7 +85,13 @@ class BagLoader:
             order = rng.choice(len(self.slide_ids), len(self.slide_ids), p=class_balance(self.labels))
         else:
             order = rng.permutation(len(self.slide_ids))
-        return self._packed(order.tolist(), self.max_patches)
+        if self.bucket <= 1:
+            return self._packed(order.tolist(), self.max_patches)
+        plan: list[list[int]] = []
+        for start in range(0, len(order), self.bucket):
+            drawn = order[start : start + self.bucket].tolist()
+            plan += self._packed(sorted(drawn, key=lambda row: -self._size(row, self.max_patches)), self.max_patches)
+        return [plan[number] for number in rng.permutation(len(plan))]
 
     def once(self) -> list[list[int]]:
         """Every slide once, in order, for prediction."""
@@ -105,8 +114,7 @@ class BagLoader:
         plan: list[list[int]] = []
         patches = 0
         for row in order:
-            size = self.sizes[self.slide_ids[row]]
-            size = min(size, most) if most else size
+            size = self._size(row, most)
             full = not plan or len(plan[-1]) >= self.slides_per_step or patches + size > self.patch_budget
             if full:
                 plan.append([])
@@ -114,6 +122,10 @@ class BagLoader:
             plan[-1].append(row)
             patches += size
         return plan
+
+    def _size(self, row: int, most: int) -> int:
+        size = self.sizes[self.slide_ids[row]]
+        return min(size, most) if most else size
 
     def _batch(self, rows: Sequence[int], rng: np.random.Generator | None) -> Batch | None:
         features, graphs, kept = [], [], []
@@ -138,12 +150,22 @@ class BagLoader:
             profiles = torch.from_numpy(self.omics[kept])
             has_omics = ~profiles.isnan().any(1)
             omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
-        bags, labels = Bags.from_list(features), torch.from_numpy(self.labels[kept])
+        bags, labels = self._joined(features), torch.from_numpy(self.labels[kept])
         if self.graph is not None:
-            bags = bags.with_edges(batch([edges for edges in graphs if edges is not None]))
+            edges = batch([edges for edges in graphs if edges is not None])
+            bags = bags.with_edges(edges.pin_memory() if self.pin else edges)
         if self.pin:
-            bags, labels = bags.pin_memory(), labels.pin_memory()
+            labels = labels.pin_memory()
         return Batch(tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
+
+    def _joined(self, features: list[Tensor]) -> Bags:
+        """One batch; page-locked, the rows are copied once, from where they lie into it."""
+        if not self.pin:
+            return Bags.from_list(features)
+        first = features[0]
+        rows = torch.empty(sum(map(len, features)), first.shape[1], dtype=first.dtype, pin_memory=True)
+        bags = Bags.from_lengths(torch.cat(features, out=rows), [len(x) for x in features])
+        return replace(bags, offsets=bags.offsets.pin_memory())
 
     def _slide(
         self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
@@ -156,6 +178,7 @@ class BagLoader:
             edges = None if self.graph is None or drawn is not None else self.graph(slide, None)
             size = x.nbytes + (edges.nbytes if edges is not None else 0)
             if self._held + size <= self.cache_bytes:
+                x = x.clone()  # what is mapped from a packed store would still be read from it
                 self._cache[slide] = x, edges
                 self._held += size
         if drawn is None:

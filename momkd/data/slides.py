@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from momkd.data.atomic import atomic_write
-from momkd.data.raw import SUFFIXES, Array, Raw, open_raw
+from momkd.data.raw import SUFFIXES, Array, Raw, all_finite, open_raw
 from momkd.errors import InputError
 
 _BLOCK = 1 << 22  # values that one step of the finite check looks at, to bound its memory
@@ -221,7 +221,7 @@ def _check_finite(path: Path, features: Array) -> None:
     count, first = 0, -1
     for start in range(0, len(features), step):
         block = features[start : start + step]
-        if np.isfinite(block).all():
+        if all_finite(block):
             continue
         bad = ~np.isfinite(block)
         count += int(bad.sum())
