@@ -252,7 +252,7 @@ def pack(
         out_console.print(f"{checked} slides are as they were packed: {source}", soft_wrap=True)
         return
     _say_skipped(made.skipped)
-    size = f"{made.patches} patches, {made.nbytes / 1e9:.3g} GB"
+    size = f"{made.patches} patches, {made.nbytes / 1e6:,.1f} MB"
     out_console.print(f"{made.slides} slides packed ({size}): {out}", soft_wrap=True)
 
 

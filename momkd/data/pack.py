@@ -435,10 +435,7 @@ class _Writer:
 
     def _resumed(self) -> bool:
         """Whether the journal tells of this plan; `done` is then what it says is done."""
-        if not self.journal.is_file() or os.fstat(self._file).st_size != self.plan.size:
-            lines: list[Any] = []
-        else:
-            lines = list(_lines(self.journal))
+        lines = list(_lines(self.journal)) if self.journal.is_file() else []
         if not lines or not isinstance(lines[0], dict) or "plan" not in lines[0]:
             return False
         if lines[0]["plan"] != self.plan.fingerprint:
@@ -446,6 +443,8 @@ class _Writer:
                 f"{self.partial}: expected to go on packing the same slides with the same options, got others; remove "
                 "it to begin anew, or choose another --out"
             )
+        if os.fstat(self._file).st_size != self.plan.size:
+            return False
         for line in lines[1:]:
             slide = line.get("slide") if isinstance(line, dict) else None
             if slide in self.plan.slides:
@@ -590,5 +589,5 @@ def _needed(target: Path, plan: _Plan) -> str:
     free = ""
     with contextlib.suppress(OSError):
         state = os.statvfs(target.parent)
-        free = f", {state.f_bavail * state.f_frsize / 1e9:.3g} GB are free"
-    return f"the store takes {plan.size / 1e9:.3g} GB{free}"
+        free = f", {state.f_bavail * state.f_frsize / 1e6:,.0f} MB are free"
+    return f"the store takes {plan.size / 1e6:,.1f} MB{free}"
