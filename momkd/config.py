@@ -152,7 +152,7 @@ class Config:
         """Sections and keys of TOML over `base` (the defaults). Raises InputError, naming `source` and the key."""
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{source}: expected TOML, got {error}; mend the file") from error
         return (base or cls())._replaced(table, source)
 

@@ -15,7 +15,7 @@ from momkd.bags import Bags
 from momkd.data.atomic import make_folder, write_csv
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
-from momkd.data.raw import check_id
+from momkd.data.raw import check_id, one_line
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
@@ -111,8 +111,13 @@ def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
     path = run.folder / "metrics.json"
     chosen = []
     if path.is_file():
-        known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
-        chosen = [known[fold] for fold in folds if known.get(fold) is not None]
+        try:
+            known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
+            chosen = [float(known[fold]) for fold in folds if known.get(fold) is not None]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: expected the metrics of a run, got others ({one_line(error)}); make them with momkd evaluate"
+            ) from error
     threshold = float(np.mean(chosen)) if chosen else 0.5
     return [classes[int(p >= threshold)] for p in probs[:, 1]]
 

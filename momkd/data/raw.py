@@ -205,11 +205,14 @@ def load_torch(path: Path) -> Any:
     """
     with path.open("rb") as file:
         mapped = file.read(2) == b"PK"  # the zip format; older files cannot be mapped
-    if mapped:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
-                raise ValueError("compressed, which torch.save never does")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("compressed, which torch.save never does")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (AssertionError, NotImplementedError, MemoryError) as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:
