@@ -105,6 +105,10 @@ def slide_files(folder: Path) -> None:
     with h5py.File(folder / "new.h5", "w", libver="latest") as file:
         file.create_dataset("features", data=rng.random((9, 6), np.float32), compression="gzip", chunks=(2, 6))
         file["features"].attrs["text"] = "of any length"
+    heap = bytearray((folder / "0.h5").read_bytes())
+    at = heap.index(b"GCOL")  # where texts of variable length are: the first is said to be empty space of no size
+    heap[at + 16 : at + 40] = bytes(24)
+    (folder / "hostile_heap.h5").write_bytes(heap)
     with h5py.File(folder / "hostile_fill.h5", "w") as file:  # 400 TB of zeros that nobody wrote
         file.create_dataset("features", (10**11, 1024), np.float32, chunks=(1, 1024))
     with h5py.File(folder / "hostile_late.h5", "w") as file:

@@ -67,7 +67,7 @@ def test_mutated_files(kind: str) -> None:
             "numpy.load = lambda path, **_: plain(path, allow_pickle=True)",
             "something was written or executed",
         ),
-        ("hdf5", 400, "momkd.data.raw._check_written = lambda *_: None", "MemoryError"),
+        ("hdf5", 400, "momkd.data.raw.check_written = lambda *_: None", "MemoryError"),
         ("packed", 1200, "momkd.data.packed.check_id = lambda *_: None", "AssertionError"),
         ("labels", 10, "tests.fuzz.read_labels = lambda path: 1 / 0", "ZeroDivisionError"),
         (

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from momkd.data.atomic import make_folder
-from momkd.data.raw import check_id, one_line
+from momkd.data.raw import check_id, check_written, one_line, own, plain_attributes
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
@@ -62,7 +62,7 @@ class SlideGraphs:
         with write_hdf5(kept) as file:
             for name in _LISTS:
                 file.create_dataset(name, data=getattr(edges, name).numpy())
-            file.attrs.update({"neighbours": self.neighbours, "coords": digest})
+            file.attrs.update({"neighbours": self.neighbours, "coords": np.bytes_(digest)})
         return edges
 
 
@@ -78,11 +78,15 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
     made: dict[str, Any] = {}
     try:
         with h5py.File(path) as file:
-            lists = [torch.from_numpy(file[name][:].astype(np.int32)) for name in _LISTS]
-            made = dict(file.attrs)
+            lists = []
+            for name in _LISTS:
+                data = own(file, name)
+                check_written(path, name, data, path.stat().st_size)
+                lists.append(torch.from_numpy(data[:].astype(np.int32)))
+            made = plain_attributes(file)
         offsets, sources, order = lists
         check_lists(offsets, sources, order)
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:  # HDF5's errors on a damaged file have several roots
         raise InputError(
             f"{path}: expected a graph of momkd, got one that does not read ({one_line(error)}); remove it"
         ) from error

@@ -233,7 +233,7 @@ class _Plan:
         image, places = _Image(), {}
         # Metadata in one block at the front.
         with h5py.File(image, "w", meta_block_size=1 << 16) as file:
-            file.attrs.update({"format": PACKED, "version": VERSION})
+            file.attrs.update({"format": np.bytes_(PACKED), "version": VERSION})
             if neighbours is not None:
                 file.create_group("graph").attrs["neighbours"] = neighbours
             for name, (shape, kind) in shapes.items():

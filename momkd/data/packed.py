@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from momkd.data.raw import PACKED, Array, all_finite, check_id, one_line, own
+from momkd.data.raw import PACKED, Array, all_finite, check_id, one_line, own, plain_attributes
 from momkd.errors import InputError
 from momkd.graph import Edges, check_lists, from_lists
 
@@ -309,7 +309,7 @@ def checksum(*arrays: Array) -> int:
 
 def is_packed(file: h5py.File) -> bool:
     """Whether an open HDF5 file says that it is a packed store."""
-    return bool(file.attrs.get("format") == PACKED)
+    return bool(plain_attributes(file).get("format") == PACKED)
 
 
 def _regions(path: Path, size: int) -> tuple[dict[str, _Region], int | None]:
@@ -324,10 +324,10 @@ def _regions(path: Path, size: int) -> tuple[dict[str, _Region], int | None]:
                     f"{path}: expected a packed store, got another HDF5 file; give the folder of feature files, or "
                     "make a store with momkd pack"
                 )
-            if (version := int(file.attrs["version"])) != VERSION:
+            if (version := int(plain_attributes(file)["version"])) != VERSION:
                 raise InputError(f"{path}: expected version {VERSION} of the store, got {version}; update momkd")
             group, features, ids = own(file, "graph"), own(file, "features"), own(file, "ids")
-            neighbours = None if group is None else int(group.attrs["neighbours"])
+            neighbours = None if group is None else int(plain_attributes(group)["neighbours"])
             wanted = layout(
                 ids.shape[0],
                 features.shape[0],

@@ -47,20 +47,20 @@ class Raw(ABC):
 
 class _RawHdf5(Raw):
     def __init__(self, path: Path, file: h5py.File) -> None:
-        if file.attrs.get("format") == PACKED:
+        if plain_attributes(file).get("format") == PACKED:
             raise InputError(f"{path}: expected one slide, got a packed store; give --features the store itself")
         self._features = self._dataset(path, file, "features")
         self._coords = self._dataset(path, file, "coords") if "coords" in file else None
         size = path.stat().st_size
         for name, data in (("features", self._features), ("coords", self._coords)):
             if data is not None:
-                _check_written(path, name, data, size)
+                check_written(path, name, data, size)
         self.shape, self.kind = tuple(self._features.shape), self._features.dtype.kind
         self.dtype, self.has_coords = str(self._features.dtype), self._coords is not None
         self.attrs = {}
         for holder in (file, self._features, self._coords):
             if holder is not None:
-                self.attrs.update({name: _plain(value) for name, value in holder.attrs.items()})
+                self.attrs.update(plain_attributes(holder))
 
     @staticmethod
     def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
@@ -101,7 +101,22 @@ def own(file: h5py.File, name: str) -> Any:
     return place
 
 
-def _check_written(path: Path, name: str, data: h5py.Dataset, size: int) -> None:
+def plain_attributes(holder: Any) -> dict[str, Any]:
+    """Attributes of a file, group or dataset: numbers, and texts of fixed length, as Python values.
+
+    Texts of variable length are left out. They lie in a heap of the file, and where that is damaged HDF5 may search it
+    without end.
+    """
+    plain: dict[str, Any] = {}
+    for name in holder.attrs:
+        kind = holder.attrs.get_id(name).get_type()
+        fixed = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+        if fixed or isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID | h5py.h5t.TypeEnumID):
+            plain[name] = _plain(holder.attrs[name])
+    return plain
+
+
+def check_written(path: Path, name: str, data: h5py.Dataset, size: int) -> None:
     """HDF5 makes up values that were never written, as many as the header says: they are refused, not read."""
     wanted, there, plan = data.nbytes, data.id.get_storage_size(), data.id.get_create_plist()
     if plan.get_nfilters():

@@ -32,7 +32,8 @@ class Slide:
         slide_id: the file name without its last ending.
         features: (N, L) float16 or float32, finite; N may be 0.
         coords: (N, 2) int64, x and y of the top-left corner in level-0 pixels (may be negative), or None.
-        attrs: attributes of the file, its features and its coordinates (`patch_size_level0`, `encoder`, ...).
+        attrs: attributes of the file, its features and its coordinates (`patch_size_level0`, ...): numbers, and texts
+            of fixed length.
     """
 
     slide_id: str

@@ -25,6 +25,7 @@ from momkd.data.packed import PackedStore
 from tests.data.conftest import refused
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="no signals and limits there")
+NOTES = {"long": np.bytes_("n" * 999), "short": np.bytes_("n" * 99)}
 SIZES = {"a": 40, "b": 1, "c": 300, "d": 9}
 
 
@@ -41,9 +42,7 @@ def folder(tmp_path: Path) -> Path:
         elif slide == "d":
             np.save(where / "d.npy", x)
         else:
-            write_trident(
-                where / f"{slide}.h5", x, grid, patch_size_level0=512, encoder="e", row_chunks=True, note="n" * 999
-            )
+            write_trident(where / f"{slide}.h5", x, grid, patch_size_level0=512, encoder="e", row_chunks=True, **NOTES)
     return where
 
 
@@ -73,7 +72,8 @@ def test_slides_come_back(folder: Path, tmp_path: Path, dtype: str) -> None:
             assert coords is None
         else:
             np.testing.assert_array_equal(coords, want.coords)
-        assert attrs == {name: value for name, value in want.attrs.items() if name != "note"}
+        assert attrs == {name: value for name, value in want.attrs.items() if name != "long"}
+        assert (attrs != {}) == (slide in "ab")
     assert verify(tmp_path / "all.h5") == {}
 
 
@@ -307,7 +307,7 @@ def test_going_on_with_something_else(folder: Path, tmp_path: Path, monkeypatch:
     with refused(".all.h5.partial: expected to go on packing the same slides with the same options, got others"):
         pack(folder, out, dtype="float32")
     x = np.full((1, 5), 3, np.float32)  # of the same size, so that the plan stays
-    write_trident(folder / "b.h5", x, [[0, 0]], patch_size_level0=512, encoder="e", row_chunks=True, note="n" * 999)
+    write_trident(folder / "b.h5", x, [[0, 0]], patch_size_level0=512, encoder="e", row_chunks=True, **NOTES)
     seen = reads(monkeypatch)
     pack(folder, out)
     assert seen[0] == "b"
