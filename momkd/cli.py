@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import TextColumn
 
 import momkd
 from momkd import env
@@ -29,8 +31,9 @@ _WITH_RANKS = ("train", "evaluate")
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
-Features = Annotated[Path, typer.Option("--features", help="Folder of feature files, one a slide: .h5, .pt or .npy.")]
-SomeFeatures = Annotated[Path | None, typer.Option("--features", help="Folder of feature files, one a slide.")]
+_FEATURES = "Folder of feature files, one a slide (.h5, .pt, .npy), or a file of momkd pack."
+Features = Annotated[Path, typer.Option("--features", help=_FEATURES)]
+SomeFeatures = Annotated[Path | None, typer.Option("--features", help=_FEATURES)]
 Label = Annotated[str | None, typer.Option("--label", help="Column of the labels.")]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda:1; a GPU where there is one.")]
 Graphs = Annotated[
@@ -209,6 +212,57 @@ def graph(
     _say_skipped(cohort.skipped)
     made = len(cohort) - sum(slide in cohort.skipped for slide in cohort.paths)
     out_console.print(f"{made} graphs of {edges} edges: {out}", soft_wrap=True)
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of feature files; with --verify, a packed store.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The store to write, such as cohort.h5.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float16, where it holds the values, or float32.")] = "float16",
+    neighbours: Annotated[
+        int, typer.Option("--graph", min=0, help="Store graphs of this many nearest patches; 0: none.")
+    ] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare a store with its checksums.")] = False,
+    skip_bad: SkipBad = False,
+) -> None:
+    """Pack feature files into one store that reads faster, for --features. Interrupted packing goes on."""
+    from momkd.data.pack import pack
+    from momkd.data.pack import verify as find_damage
+    from momkd.progress import progress_bar
+
+    if verify == (out is not None):
+        raise InputError("pack: expected a folder and --out, or a store and --verify; give one of the two")
+    with progress_bar(out_console, TextColumn("{task.fields[told]}")) as bar:
+        task = bar.add_task("verify" if verify else "pack", total=None, told="")
+        if out is None:
+            checked = 0
+
+            def count(done: int, total: int) -> None:
+                nonlocal checked
+                checked = total
+                bar.update(task, completed=done, total=total)
+
+            damaged = find_damage(source, count)
+        else:
+            began = time.monotonic()
+
+            def show(done: int, total: int, nbytes: int) -> None:
+                rate = nbytes / 1e6 / max(time.monotonic() - began, 1e-3)
+                bar.update(task, completed=done, total=total, told=f"{rate:,.0f} MB/s")
+
+            made = pack(source, out, dtype=dtype, neighbours=neighbours or None, skip_bad=skip_bad, report=show)
+    if out is None:
+        for wrong in damaged.values():
+            out_console.print(f"[red]damaged[/red] {escape(wrong)}", soft_wrap=True)
+        if damaged:
+            raise InputError(
+                f"{source}: {len(damaged)} of {checked} slides are damaged: {', '.join(list(damaged)[:8])}"
+            )
+        out_console.print(f"{checked} slides are as they were packed: {source}", soft_wrap=True)
+        return
+    _say_skipped(made.skipped)
+    size = f"{made.patches} patches, {made.nbytes / 1e6:,.1f} MB"
+    out_console.print(f"{made.slides} slides packed ({size}): {out}", soft_wrap=True)
 
 
 @app.command()

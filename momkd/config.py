@@ -106,6 +106,7 @@ class TrainConfig:
     epochs: int = _number(60, 1, 100_000, "at most")
     slides_per_step: int = _number(16, 1, 100_000, "at most; a step also ends at patch_budget")
     patch_budget: int = _number(200_000, 1, 2**31 - 1, "patches of a step; a larger slide is a step of its own")
+    bucket: int = _number(0, 0, 1_000_000, "slides sorted by size before they are joined into steps; 0: as drawn")
     max_patches: int = _number(0, 0, 2**31 - 1, "of a slide while training, drawn anew each time; 0: all")
     accumulate: int = _number(1, 1, 10_000, "steps whose gradients are added before the optimizer moves")
     learning_rate: float = _number(2e-4, 0, 10, "of AdamW")
@@ -151,7 +152,7 @@ class Config:
         """Sections and keys of TOML over `base` (the defaults). Raises InputError, naming `source` and the key."""
         try:
             table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise InputError(f"{source}: expected TOML, got {error}; mend the file") from error
         return (base or cls())._replaced(table, source)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from momkd.compat import momkd_reference
 from momkd.config import Config
 from momkd.data.atomic import atomic_write
-from momkd.data.raw import one_line
+from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.models import MoMKD
 from momkd.runs import Run, RunInfo, build_model, load_weights, save_model
@@ -108,7 +108,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load_torch(path)
     except FileNotFoundError:
         raise InputError(f"{path}: expected a checkpoint, got nothing there; check the path") from None
     except (Exception, SafetensorError) as error:  # the unpickler of a damaged file raises nearly anything

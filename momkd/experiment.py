@@ -133,7 +133,7 @@ def train_run(
     Where torchrun started this process with others, or a group of torch.distributed exists, they train together.
 
     Args:
-        features: folder of feature files, one a slide; None for model.kind="omics".
+        features: folder of feature files, one a slide, or a packed store; None for model.kind="omics".
         labels: CSV of slide_id, case_id and the label.
         splits: folder of splits_0.csv, ....
         out: folder of the run; it must not hold one yet, unless `resume`, and no other training may be writing to it.
@@ -370,6 +370,7 @@ def _loader(
         None if profiles is None or cohort is None else profiles[usable],
         slides_per_step=options.slides_per_step,
         patch_budget=options.patch_budget,
+        bucket=options.bucket,
         max_patches=options.max_patches,
         cache_bytes=int(options.cache_gb * 1e9),
         pin=device.type == "cuda",

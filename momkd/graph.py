@@ -107,6 +107,20 @@ def from_lists(offsets: Tensor, sources: Tensor, order: Tensor | None = None) ->
     return Edges(offsets, sources, out_offsets, targets[position], position.int(), every if order is None else order)
 
 
+def check_lists(offsets: Tensor, sources: Tensor, order: Tensor) -> None:
+    """Raises ValueError where these cannot be the lists of `Edges`: the kernels trust them."""
+    nodes = len(order)
+    if (
+        len(offsets) != nodes + 1
+        or int(offsets[0]) != 0
+        or int(offsets[-1]) != len(sources)
+        or bool((offsets.diff() < 0).any())
+        or any(len(t) and (int(t.min()) < 0 or int(t.max()) >= nodes) for t in (sources, order))
+        or bool((torch.bincount(order, minlength=nodes) != 1).any())
+    ):
+        raise ValueError("lists that don't fit one another")
+
+
 def from_edge_index(edge_index: Tensor, num_nodes: int) -> Edges:
     """The graph of an edge list, as PyG writes it.
 

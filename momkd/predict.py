@@ -15,7 +15,9 @@ from momkd.bags import Bags
 from momkd.data.atomic import make_folder, write_csv
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
-from momkd.data.slides import read_coords, write_hdf5
+from momkd.data.raw import check_id, one_line
+from momkd.data.slides import write_hdf5
+from momkd.data.sources import SlideSource
 from momkd.errors import InputError
 from momkd.inference import autocast, pick_device
 from momkd.models import Prediction
@@ -38,7 +40,7 @@ def predict_run(
 
     Args:
         run: a finished run.
-        features: folder of feature files of the encoder that the run was trained with.
+        features: folder of feature files of the encoder that the run was trained with, or a packed store of them.
         out: CSV to write: slide_id, prob_<class> of each class, predicted. Of two classes the second is predicted from
             the mean of the thresholds that the folds chose on their validation slides, of more the most probable.
         attention: folder to write one HDF5 a slide into: `attention` (N, H) float32, the mean over folds; `slots`
@@ -92,8 +94,7 @@ def predict_run(
             for slide, values in zip(batch.slide_ids, probs, strict=True)
         ]
         if folder is not None:
-            paths = [cohort.paths[slide] for slide in batch.slide_ids]
-            _write_attention(folder, paths, bags, each, used)
+            _write_attention(folder, cohort.source, batch.slide_ids, bags, each, used)
         if report is not None:
             report(len(rows), len(slides))
     table = pd.DataFrame(rows)
@@ -110,20 +111,30 @@ def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
     path = run.folder / "metrics.json"
     chosen = []
     if path.is_file():
-        known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
-        chosen = [known[fold] for fold in folds if known.get(fold) is not None]
+        try:
+            known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
+            chosen = [float(known[fold]) for fold in folds if known.get(fold) is not None]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}: expected the metrics of a run, got others ({one_line(error)}); make them with momkd evaluate"
+            ) from error
     threshold = float(np.mean(chosen)) if chosen else 0.5
     return [classes[int(p >= threshold)] for p in probs[:, 1]]
 
 
 def _write_attention(
-    folder: Path, paths: Sequence[Path], bags: Bags, each: Sequence[Prediction], folds: Sequence[int]
+    folder: Path,
+    source: SlideSource,
+    slides: Sequence[str],
+    bags: Bags,
+    each: Sequence[Prediction],
+    folds: Sequence[int],
 ) -> None:
     mean = torch.stack([p.attention.float() for p in each]).mean(0)  # (N, H)
     slots = torch.stack([p.slots for p in each if p.slots is not None]) if each[0].slots is not None else None
-    for path, a, b in zip(paths, bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True):
-        coords, attrs = read_coords(path)
-        with write_hdf5(folder / f"{path.stem}.h5") as file:
+    for slide, a, b in zip(slides, bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True):
+        coords, attrs = source.coords(slide)
+        with write_hdf5(folder / f"{check_id(slide, source.name(slide))}.h5") as file:
             file.create_dataset("attention", data=mean[a:b].cpu().numpy())
             if slots is not None:
                 file.create_dataset("slots", data=slots[:, a:b].to(torch.int16).cpu().numpy())

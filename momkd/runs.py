@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from momkd.config import Config
+from momkd.config import Config, read_config
 from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
-from momkd.data.raw import one_line
+from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, MILModel, MoMKD, OmicsClassifier
 
@@ -100,6 +100,23 @@ class RunInfo:
     versions: dict[str, str]
     skipped: dict[str, str]
 
+    def check(self) -> None:
+        """Raises ValueError where a value is not what momkd writes."""
+        for name, good in (
+            ("classes", _is_list(self.classes, str) and 2 <= len(self.classes) == len(set(self.classes))),
+            ("label", isinstance(self.label, str)),
+            ("in_features", type(self.in_features) is int and 0 <= self.in_features < 2**31),
+            ("folds", _is_list(self.folds, int) and all(0 <= fold < 10**6 for fold in self.folds)),
+            ("num_splits", type(self.num_splits) is int),
+            *((name, isinstance(getattr(self, name), dict)) for name in ("data", "versions", "skipped")),
+        ):
+            if not good:
+                raise ValueError(f"{name}: {str(getattr(self, name))[:60]}")
+
+
+def _is_list(values: object, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
 
 class Run:
     """A run's folder, opened.
@@ -114,11 +131,12 @@ class Run:
         if not config.is_file() or not info.is_file():
             came = "a folder without config.toml and run.json" if self.folder.is_dir() else "nothing there"
             raise InputError(f"{self.folder}: expected the folder of a run, got {came}; train first, or check the path")
-        self.config = Config.from_toml(config.read_text(encoding="utf-8"), source=str(config))
+        self.config = read_config(config)
         try:
             values = json.loads(info.read_text(encoding="utf-8"))
             self.info = RunInfo(**{f.name: values[f.name] for f in fields(RunInfo)})
-        except (ValueError, KeyError, TypeError) as error:
+            self.info.check()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{info}: expected the description of a run, got {one_line(error)}; train again"
             ) from error
@@ -158,8 +176,12 @@ class Run:
         """
         if self.config.model.kind == "omics":
             raise InputError(f"{self.folder}: expected a model of slides, got genomics alone; it can't predict slides")
+        path = self.fold(number) / "model.safetensors"
+        state, _ = _read_weights(path)
+        with torch.device("meta"):  # sizes that the file does not hold are refused before they take memory
+            check_tensors(build_model(self.config, self.info.in_features, self.num_classes), state, str(path))
         model = build_model(self.config, self.info.in_features, self.num_classes)
-        load_weights(model, self.fold(number) / "model.safetensors")
+        restore(model, state, str(path))
         return model.to(device).eval()
 
 
@@ -195,7 +217,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             facts = dict(json.loads((file.metadata() or {}).get("momkd", "{}")))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged header, of several kinds
         raise InputError(
             f"{path}: expected a safetensors checkpoint, got a file that does not read ({one_line(error)}); "
             "copy it again or train again"
@@ -204,6 +226,12 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load tensors into a model. Raises InputError for the first that is missing, unknown or of another shape."""
+    check_tensors(model, state, source)
+    model.load_state_dict(dict(state))
+
+
+def check_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises InputError for the first tensor that is missing, unknown or of another shape."""
     other = "it belongs to another configuration: use the config.toml beside it"
     wanted = model.state_dict()
     for name, tensor in wanted.items():
@@ -215,7 +243,6 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
             )
     if extra := [name for name in state if name not in wanted]:
         raise InputError(f"{source}: expected no tensor {extra[0]!r}, got {tuple(state[extra[0]].shape)}; {other}")
-    model.load_state_dict(dict(state))
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -227,7 +254,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 def load_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """What `save_state` wrote, with these keys; nothing in the file is ever executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch(path)
         if not isinstance(state, dict) or not set(keys) <= set(state):
             raise ValueError("not what training saves")
     except Exception as error:  # the unpickler of a damaged file raises nearly anything

@@ -14,6 +14,7 @@ from momkd.compat import momkd_reference
 from momkd.convert import checkpoint_to_run, run_to_checkpoint
 from momkd.data.graphs import SlideGraphs
 from momkd.data.slides import find_slides, read_slide
+from momkd.data.sources import SlideFiles
 from momkd.errors import InputError
 from momkd.models import MoMKD
 from momkd.simulate import SimulatedCohort
@@ -66,7 +67,7 @@ def test_a_run_to_a_checkpoint_and_back_predicts_the_same(
     model = momkd_reference.load({"module." + name: tensor for name, tensor in state.items()})
     assert model.genomics is not None
     slide, path = next(iter(find_slides(tiny_cohort.features).items()))
-    edge_index = SlideGraphs({slide: path})(slide).edge_index()
+    edge_index = SlideGraphs(SlideFiles({slide: path}))(slide).edge_index()
     x = torch.from_numpy(read_slide(path).features).float()
     prob = torch.softmax(momkd_reference.infer(model, x, edge_index=edge_index)["logits"], 1)[0, 1]
     assert float(prob) == pytest.approx(one.set_index("slide_id").loc[slide, "prob_1"], abs=1e-5)

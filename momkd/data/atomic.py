@@ -60,13 +60,12 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except Exception as error:
         number = _disk_errno(error, temporary, target)
         if number is None:
             raise
-        remedy = _REMEDIES.get(number, "choose another folder")
-        raise InputError(f"{shown}: cannot write it: {os.strerror(number)}; {remedy}") from error
+        raise cannot_write(shown, OSError(number, os.strerror(number))) from error
     finally:
         with contextlib.suppress(OSError):  # it is gone after the rename
             temporary.unlink()
@@ -83,6 +82,14 @@ def remove_leftovers(folder: Path) -> None:
 def is_leftover(name: str) -> bool:
     """Whether `atomic_write` names its temporary files so."""
     return re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp(\.\w+)?", name) is not None
+
+
+def cannot_write(path: Path | str, error: OSError, facts: str = "") -> InputError:
+    """The error of a file that cannot be written, with a remedy; `facts` go into parentheses."""
+    number = error.errno or errno.EIO
+    remedy = _REMEDIES.get(number, "choose another folder")
+    told = f" ({facts})" if facts and number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    return InputError(f"{path}: cannot write it: {os.strerror(number)}{told}; {remedy}")
 
 
 def make_folder(path: Path | str) -> Path:
@@ -126,7 +133,7 @@ def _disk_errno(error: Exception, temporary: Path, target: Path) -> int | None:
     return errno.EIO if isinstance(error, OSError) else None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself last through a power cut."""
     if os.name == "nt":  # folders cannot be opened there
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class BagLoader:
         patch_budget: patches of a batch at most; a larger slide is a batch of its own.
         max_patches: of a slide in `training` batches, drawn anew each time; 0 takes all.
         cache_bytes: features kept in memory between epochs.
+        bucket: slides, in the order they were drawn, that are sorted by size before they are joined into batches, which
+            are then shuffled: batches of like slides fill the budget better. 0 joins them as they were drawn.
         pin: page-locked batches, for a GPU.
         graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
@@ -72,6 +74,7 @@ class BagLoader:
     max_patches: int = 0
     cache_bytes: int = 0
     pin: bool = False
+    bucket: int = 0
     graph: Callable[[str, np.ndarray[tuple[int], np.dtype[np.int64]] | None], Edges] | None = None
     skipped: dict[str, str] | None = None
     _cache: dict[str, tuple[Tensor, Edges | None]] = field(default_factory=dict, init=False, repr=False)
@@ -88,7 +91,14 @@ class BagLoader:
             order = rng.choice(len(self.slide_ids), len(self.slide_ids), p=class_balance(self.labels))
         else:
             order = rng.permutation(len(self.slide_ids))
-        return self._packed(order.tolist(), self.max_patches)
+        if self.bucket <= 1:
+            return self._packed(order.tolist(), self.max_patches)
+        plan: list[list[int]] = []
+        for start in range(0, len(order), self.bucket):
+            drawn = order[start : start + self.bucket].tolist()
+            sizes = dict(zip(drawn, self.patches(drawn, most=self.max_patches), strict=True))
+            plan += self._packed(sorted(drawn, key=lambda row: -sizes[row]), self.max_patches)
+        return [plan[number] for number in rng.permutation(len(plan))]
 
     def once(self) -> list[list[int]]:
         """Every slide once, in order, for prediction."""
@@ -163,7 +173,7 @@ class BagLoader:
         if not kept and share is None:
             return None
         if kept:
-            bags = Bags.from_list(features)
+            bags = self._joined(features)
         else:
             nothing, edges = self._no_rows()
             bags, graphs = Bags.from_lengths(nothing, []), [edges]
@@ -174,9 +184,10 @@ class BagLoader:
             omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
         labels = torch.from_numpy(self.labels[kept])
         if self.graph is not None:
-            bags = bags.with_edges(batch([edges for edges in graphs if edges is not None]))
+            edges = batch([edges for edges in graphs if edges is not None])
+            bags = bags.with_edges(edges.pin_memory() if self.pin else edges)
         if self.pin:
-            bags, labels = bags.pin_memory(), labels.pin_memory()
+            labels = labels.pin_memory()
         return Batch(number, tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
 
     def _no_rows(self) -> tuple[Tensor, Edges | None]:
@@ -194,6 +205,15 @@ class BagLoader:
             raise InputError(f"features: expected slides that can be read, got none of {len(self.slide_ids)}")
         return self._nothing
 
+    def _joined(self, features: list[Tensor]) -> Bags:
+        """One batch; page-locked, the rows are copied once, from where they lie into it."""
+        if not self.pin:
+            return Bags.from_list(features)
+        first = features[0]
+        rows = torch.empty(sum(map(len, features)), first.shape[1], dtype=first.dtype, pin_memory=True)
+        bags = Bags.from_lengths(torch.cat(features, out=rows), [len(x) for x in features])
+        return replace(bags, offsets=bags.offsets.pin_memory())
+
     def _slide(
         self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
     ) -> tuple[Tensor, Edges | None]:
@@ -207,6 +227,8 @@ class BagLoader:
             edges = self.graph(slide, None)
             new += edges.nbytes
         if new and self._held + new <= self.cache_bytes:
+            if slide not in self._cache:
+                x = x.clone()  # what is mapped from a packed store would still be read from it
             self._cache[slide] = x, edges
             self._held += new
         if drawn is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from momkd.data.graphs import SlideGraphs, no_coords
-from momkd.data.slides import find_slides, has_coords, read_slide, slide_header
+from momkd.data.sources import SlideSource, open_source
 from momkd.errors import InputError
 
 
@@ -19,10 +19,11 @@ class Cohort:
     """Slides of one encoder, that exist, have patches and are equally wide.
 
     Attributes:
-        paths: feature file by slide id, in the order asked for.
+        paths: the file that holds each slide, by slide id, in the order asked for.
         sizes: number of patches by slide id.
         width: L, of every slide.
         dtype: torch.float16 where every file stores it, else torch.float32.
+        source: where they are read from.
         skipped: slides left out by `skip_bad`, and why. Reading may add to it.
         graphs: gives the graph of a slide, where one is wanted.
     """
@@ -31,6 +32,7 @@ class Cohort:
     sizes: Mapping[str, int]
     width: int
     dtype: torch.dtype
+    source: SlideSource
     skipped: dict[str, str] = field(default_factory=dict)
     graphs: SlideGraphs | None = None
 
@@ -38,9 +40,12 @@ class Cohort:
         return len(self.paths)
 
     def read(self, slide_id: str) -> Tensor:
-        """Features (N, L) of a slide in the type of the cohort; raises InputError as `read_slide` does."""
-        slide = read_slide(self.paths[slide_id], width=self.width, with_coords=False)
-        return torch.from_numpy(slide.features).to(self.dtype)
+        """Features (N, L) of a slide in the type of the cohort; of a packed store they are mapped, not read.
+
+        Raises:
+            InputError: as `read_slide` or `PackedStore.read`.
+        """
+        return torch.from_numpy(self.source.read(slide_id, self.width)).to(self.dtype)
 
 
 def open_cohort(
@@ -53,11 +58,11 @@ def open_cohort(
     neighbours: int | None = None,
     graphs: Path | str | None = None,
 ) -> Cohort:
-    """The feature files of a folder, or of some slides of it.
+    """The slides of a folder of feature files or of a packed store, or some of them.
 
     Args:
-        features: folder of feature files, one a slide.
-        slide_ids: slides that are wanted; None takes all of the folder.
+        features: folder of feature files, one a slide, or a file of `momkd pack`.
+        slide_ids: slides that are wanted; None takes all.
         width: L that is expected, for instance by a trained model; None takes that of most slides.
         skip_bad: leave out slides that are missing, empty, unreadable or of another width, and list them in `skipped`.
         source: where `slide_ids` come from, for messages.
@@ -67,7 +72,8 @@ def open_cohort(
     Raises:
         InputError: the first bad slide and how many there are; or no slide is left.
     """
-    found = find_slides(features)
+    files = open_source(features)
+    found = files.paths
     wanted = list(found) if slide_ids is None else list(slide_ids)
     bad: dict[str, str] = {}
     headers: dict[str, tuple[int, int, str]] = {}
@@ -75,25 +81,26 @@ def open_cohort(
         if slide not in found:
             example = next(iter(found))
             bad[slide] = (
-                f"{features}: expected a feature file of slide {slide!r} of {source}, got none (files are named "
+                f"{features}: expected a feature file of slide {slide!r} of {source}, got none (slides are named "
+                f"like {example!r}); extract its features or make the ids agree"
             )
-            bad[slide] += f"like {example!r}); extract its features or make the ids agree"
             continue
         try:
-            headers[slide] = slide_header(found[slide])
+            headers[slide] = files.header(slide)
+            located = neighbours is None or files.has_coords(slide)
         except InputError as error:
             bad[slide] = str(error)
             continue
-        if neighbours is not None and not has_coords(found[slide]):
-            bad[slide] = no_coords(found[slide])
+        if not located:
+            bad[slide] = no_coords(files.name(slide))
         if headers[slide][0] == 0:
-            bad[slide] = f"{found[slide]}: expected patches, got none (an empty slide); segment its tissue again"
+            bad[slide] = f"{files.name(slide)}: expected patches, got none (an empty slide); segment its tissue again"
     wide = [length for n, length, _ in headers.values() if n > 0]
     width = width or (max(set(wide), key=wide.count) if wide else 0)
     for slide, (n, length, _) in headers.items():
         if n > 0 and length != width:
             bad[slide] = (
-                f"{found[slide]}: features: expected width {width}, got {length}; "
+                f"{files.name(slide)}: features: expected width {width}, got {length}; "
                 "all slides need features of one encoder"
             )
     good = [slide for slide in wanted if slide not in bad]
@@ -108,6 +115,7 @@ def open_cohort(
         {slide: headers[slide][0] for slide in good},
         width,
         torch.float16 if half else torch.float32,
+        files,
         {slide: bad[slide] for slide in wanted if slide in bad},
-        None if neighbours is None else SlideGraphs(paths, neighbours, None if graphs is None else Path(graphs)),
+        None if neighbours is None else SlideGraphs(files, neighbours, None if graphs is None else Path(graphs)),
     )

@@ -7,7 +7,6 @@ A kept graph is an HDF5 file `<slide>.h5`: `offsets` (N + 1,), `sources` (E,) an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ import numpy.typing as npt
 import torch
 
 from momkd.data.atomic import make_folder
-from momkd.data.raw import one_line
-from momkd.data.slides import read_coords, write_hdf5
+from momkd.data.raw import check_id, check_written, one_line, own, plain_attributes
+from momkd.data.slides import write_hdf5
+from momkd.data.sources import SlideSource
 from momkd.errors import InputError
-from momkd.graph import Edges, from_lists, knn
+from momkd.graph import Edges, check_lists, from_lists, knn
 
 _LISTS = ("offsets", "sources", "order")
 
@@ -31,12 +31,12 @@ class SlideGraphs:
     """The k-nearest-neighbour graph of a slide, when asked for.
 
     Args:
-        paths: feature file by slide id.
+        source: where the slides are, with their coordinates; a packed store may hold their graphs too.
         neighbours: k.
         folder: where graphs are kept: read where they are there, written where not; None keeps nothing.
     """
 
-    paths: Mapping[str, Path]
+    source: SlideSource
     neighbours: int = 8
     folder: Path | None = None
 
@@ -46,13 +46,14 @@ class SlideGraphs:
         Raises:
             InputError: no coordinates, or a kept graph that is broken or was made of something else.
         """
-        path = self.paths[slide_id]
-        coords, _ = read_coords(path)
+        if rows is None and (stored := self.source.graph(slide_id, self.neighbours)) is not None:
+            return stored
+        coords, _ = self.source.coords(slide_id)
         if coords is None:
-            raise InputError(no_coords(path))
+            raise InputError(no_coords(self.source.name(slide_id)))
         if rows is not None or self.folder is None:
             return knn(coords if rows is None else coords[rows], self.neighbours)
-        kept = self.folder / f"{slide_id}.h5"
+        kept = self.folder / f"{check_id(slide_id, self.source.name(slide_id))}.h5"
         digest = hashlib.blake2b(np.ascontiguousarray(coords).tobytes(), digest_size=16).hexdigest()
         if kept.is_file():
             return _read(kept, self.neighbours, digest)
@@ -61,14 +62,14 @@ class SlideGraphs:
         with write_hdf5(kept) as file:
             for name in _LISTS:
                 file.create_dataset(name, data=getattr(edges, name).numpy())
-            file.attrs.update({"neighbours": self.neighbours, "coords": digest})
+            file.attrs.update({"neighbours": self.neighbours, "coords": np.bytes_(digest)})
         return edges
 
 
-def no_coords(path: Path) -> str:
-    """What is said of a feature file without coordinates, where a graph is wanted."""
+def no_coords(name: str) -> str:
+    """What is said of a slide without coordinates, where a graph is wanted."""
     return (
-        f"{path}: expected coordinates (N, 2) for the graph of patches, got none; extract features with coordinates, "
+        f"{name}: expected coordinates (N, 2) for the graph of patches, got none; extract features with coordinates, "
         "or choose an encoder without graph (model.encoder=mlp)"
     )
 
@@ -77,14 +78,15 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
     made: dict[str, Any] = {}
     try:
         with h5py.File(path) as file:
-            lists = [torch.from_numpy(file[name][:].astype(np.int32)) for name in _LISTS]
-            made = dict(file.attrs)
+            lists = []
+            for name in _LISTS:
+                data = own(file, name)
+                check_written(path, name, data, path.stat().st_size)
+                lists.append(torch.from_numpy(data[:].astype(np.int32)))
+            made = plain_attributes(file)
         offsets, sources, order = lists
-        sizes_fit = len(order) == len(offsets) - 1 and int(offsets[-1]) == len(sources)
-        inside = all(len(t) == 0 or (int(t.min()) >= 0 and int(t.max()) < len(order)) for t in (sources, order))
-        if not sizes_fit or not inside or int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
-            raise ValueError("lists that don't fit one another")
-    except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
+        check_lists(offsets, sources, order)
+    except Exception as error:  # HDF5's errors on a damaged file have several roots
         raise InputError(
             f"{path}: expected a graph of momkd, got one that does not read ({one_line(error)}); remove it"
         ) from error

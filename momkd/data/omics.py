@@ -76,7 +76,12 @@ def read_omics(path: Path | str) -> Omics:
             f"{path}: expected an omics table ({', '.join(_SUFFIXES)}) or a folder of .npy, "
             f"got {path.suffix or 'no ending'}; convert or rename it"
         )
-    return _read_parquet(path) if name.endswith(".parquet") else _read_text(path)
+    if not name.endswith(".parquet"):
+        return _read_text(path)
+    try:
+        return _read_parquet(path)
+    except UnicodeDecodeError as error:  # texts are decoded when they are looked at
+        raise InputError(f"{path}: expected a table in UTF-8, got {one_line(error)}; write it again") from error
 
 
 # -- CSV and TSV -------------------------------------------------------------------------------------------------------
@@ -170,7 +175,8 @@ def _find_text(text: _Text, start: int, stop: int | None) -> None:
             for i in text.genes:
                 cell = row[i].strip() if i < len(row) else ""
                 if cell not in MISSING and not _is_number(cell):
-                    raise _no_number(text.path, row[text.at_id], text.header[i], repr(cell))
+                    case = row[text.at_id] if text.at_id < len(row) else ""
+                    raise _no_number(text.path, case, text.header[i], repr(cell))
 
 
 # -- Parquet and folders -----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ HDF5 and .npy answer for their shape from the header; a .pt file is mapped, not 
 from __future__ import annotations
 
 import contextlib
+import math
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ Array = npt.NDArray[Any]
 
 HDF5 = (".h5", ".hdf5")
 SUFFIXES = (*HDF5, ".pt", ".npy")
+PACKED = "momkd packed store"  # attribute `format` of the files of `momkd pack`
+_DEFLATE = 1100  # bytes that one compressed byte can become, at most
 
 
 class Raw(ABC):
@@ -43,18 +47,24 @@ class Raw(ABC):
 
 class _RawHdf5(Raw):
     def __init__(self, path: Path, file: h5py.File) -> None:
+        if plain_attributes(file).get("format") == PACKED:
+            raise InputError(f"{path}: expected one slide, got a packed store; give --features the store itself")
         self._features = self._dataset(path, file, "features")
         self._coords = self._dataset(path, file, "coords") if "coords" in file else None
+        size = path.stat().st_size
+        for name, data in (("features", self._features), ("coords", self._coords)):
+            if data is not None:
+                check_written(path, name, data, size)
         self.shape, self.kind = tuple(self._features.shape), self._features.dtype.kind
         self.dtype, self.has_coords = str(self._features.dtype), self._coords is not None
         self.attrs = {}
         for holder in (file, self._features, self._coords):
             if holder is not None:
-                self.attrs.update({name: _plain(value) for name, value in holder.attrs.items()})
+                self.attrs.update(plain_attributes(holder))
 
     @staticmethod
     def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
-        item = file.get(name)
+        item = own(file, name)
         if isinstance(item, h5py.Dataset) and item.shape is not None:
             return item
         there: list[str] = []
@@ -70,6 +80,57 @@ class _RawHdf5(Raw):
     def read_coords(self) -> Array:
         assert self._coords is not None
         return np.asarray(self._coords[...])
+
+
+def own(file: h5py.File, name: str) -> Any:
+    """A group or dataset of this very file, or None; links, which may lead anywhere, are not followed.
+
+    Raises:
+        ValueError: it takes its values from other files.
+    """
+    place: Any = file
+    for part in name.split("/"):
+        link = place.get(part, getlink=True) if isinstance(place, h5py.Group) and part in place else None
+        if not isinstance(link, h5py.HardLink):
+            return None
+        place = place[part]
+    if isinstance(place, h5py.Dataset):
+        plan = place.id.get_create_plist()
+        if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
+            raise ValueError(f"the values of {name} lie in other files; copy them into this one")
+    return place
+
+
+def plain_attributes(holder: Any) -> dict[str, Any]:
+    """Attributes of a file, group or dataset: numbers, and texts of fixed length, as Python values.
+
+    Texts of variable length are left out. They lie in a heap of the file, and where that is damaged HDF5 may search it
+    without end.
+    """
+    plain: dict[str, Any] = {}
+    for name in holder.attrs:
+        kind = holder.attrs.get_id(name).get_type()
+        fixed = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
+        if fixed or isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID | h5py.h5t.TypeEnumID):
+            plain[name] = _plain(holder.attrs[name])
+    return plain
+
+
+def check_written(path: Path, name: str, data: h5py.Dataset, size: int) -> None:
+    """HDF5 makes up values that were never written, as many as the header says: they are refused, not read."""
+    wanted, there, plan = data.nbytes, data.id.get_storage_size(), data.id.get_create_plist()
+    if plan.get_nfilters():
+        most = _DEFLATE * size
+        # A chunk is unpacked whole, however little of it is wanted.
+        chunk = math.prod(data.chunks) * data.dtype.itemsize
+        whole = data.id.get_num_chunks() == math.prod(-(-n // c) for n, c in zip(data.shape, data.chunks, strict=True))
+    else:
+        most, chunk, whole = size, there, there >= wanted
+    if not whole or there > size or max(wanted, chunk) > most:
+        raise InputError(
+            f"{path}: {name}: expected {wanted} bytes of values, got {there} in a file of {size}: it was not written "
+            "to its end; extract the features of this slide again"
+        )
 
 
 class _RawTensor(Raw):
@@ -94,7 +155,14 @@ class _RawTensor(Raw):
     def _dense(path: Path, name: str, value: object) -> Tensor:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             raise InputError(f"{path}: {name}: expected a dense tensor, got {_kind(value)}; save it as one tensor")
-        return value.detach()
+        value = value.detach()
+        there = value.untyped_storage().nbytes()
+        if value.numel() * value.element_size() > there:
+            raise InputError(
+                f"{path}: {name}: expected a tensor of its own values, got {tuple(value.shape)} expanded from {there} "
+                "bytes; save tensor.contiguous()"
+            )
+        return value
 
     def read_features(self) -> Array:
         keep = self._features.dtype in (torch.float16, torch.float32, torch.float64)
@@ -135,7 +203,7 @@ def open_raw(path: Path) -> Iterator[Raw]:
             if suffix in HDF5:
                 yield _RawHdf5(path, stack.enter_context(h5py.File(path, "r")))
             elif suffix == ".pt":
-                yield _RawTensor(path, _load_tensor(path))
+                yield _RawTensor(path, load_torch(path))
             else:
                 yield _RawArray(path, np.load(path, mmap_mode="r", allow_pickle=False))
         except (InputError, MemoryError, AssertionError, NotImplementedError):
@@ -144,10 +212,22 @@ def open_raw(path: Path) -> Iterator[Raw]:
             _unreadable(path, error)
 
 
-def _load_tensor(path: Path) -> object:
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote, mapped where the format allows; nothing in it is executed.
+
+    Raises:
+        Exception: of nearly any kind, from the unpickler of a damaged file.
+    """
     with path.open("rb") as file:
         mapped = file.read(2) == b"PK"  # the zip format; older files cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        if mapped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("compressed, which torch.save never does")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (AssertionError, NotImplementedError, MemoryError) as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:
@@ -157,6 +237,28 @@ def _unreadable(path: Path, error: Exception) -> NoReturn:
         raise InputError(f"{path}: expected a readable {kind}, got no permission; change its mode or owner") from error
     cause = f"{path.stat().st_size} bytes that do not read ({one_line(error)})" if path.exists() else "nothing there"
     raise InputError(f"{path}: expected a whole {kind}, got {cause}; copy or extract it again") from error
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite; of float16 the bits are compared, which is several times faster."""
+    if values.dtype == np.float16:
+        return values.size == 0 or int((values.view(np.uint16) & 0x7FFF).max()) < 0x7C00
+    return bool(np.isfinite(values).all())
+
+
+def check_id(slide_id: str, source: str) -> str:
+    """The id, once it can be the name of a file: no folder, no control character, not too long.
+
+    Raises:
+        InputError: it could lead out of the folder that it is written into.
+    """
+    odd = not slide_id.isprintable() or any(sign in slide_id for sign in "/\\")
+    if odd or slide_id.strip(" .") == "" or len(slide_id.encode(errors="replace")) > 240:
+        raise InputError(
+            f"{source}: expected slide ids that can name a file, got {slide_id[:80]!r}; rename the slide, without "
+            "folders and special characters"
+        )
+    return slide_id
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from momkd.data.atomic import atomic_write
-from momkd.data.raw import SUFFIXES, Array, Raw, open_raw
+from momkd.data.raw import SUFFIXES, Array, Raw, all_finite, open_raw
 from momkd.errors import InputError
 
 _BLOCK = 1 << 22  # values that one step of the finite check looks at, to bound its memory
@@ -32,7 +32,8 @@ class Slide:
         slide_id: the file name without its last ending.
         features: (N, L) float16 or float32, finite; N may be 0.
         coords: (N, 2) int64, x and y of the top-left corner in level-0 pixels (may be negative), or None.
-        attrs: attributes of the file, its features and its coordinates (`patch_size_level0`, `encoder`, ...).
+        attrs: attributes of the file, its features and its coordinates (`patch_size_level0`, ...): numbers, and texts
+            of fixed length.
     """
 
     slide_id: str
@@ -221,7 +222,7 @@ def _check_finite(path: Path, features: Array) -> None:
     count, first = 0, -1
     for start in range(0, len(features), step):
         block = features[start : start + step]
-        if np.isfinite(block).all():
+        if all_finite(block):
             continue
         bad = ~np.isfinite(block)
         count += int(bad.sum())

@@ -15,7 +15,7 @@ from momkd.data.raw import one_line
 from momkd.errors import InputError
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "<NA>")  # cells that mean "not known"; "None" may be a class
-_INTEGER = re.compile(r"[+-]?\d+(\.0+)?")
+_INTEGER = re.compile(r"[+-]?\d{1,18}(\.0+)?")  # longer ones are names, which Python may refuse to read as numbers
 _UNNAMED = re.compile(r"|index|Unnamed: \d+")  # the index column that pandas writes
 
 

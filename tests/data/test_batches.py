@@ -60,6 +60,24 @@ def test_subsampling_is_of_training_alone_and_repeatable() -> None:
     assert [len(rows) for rows in packed.training(0, 0)] == [2, 1]
 
 
+def test_buckets_join_slides_of_like_size_and_lose_none() -> None:
+    sizes = np.random.default_rng(0).integers(1, 100, 64).tolist()
+    plain, made = (loader(sizes, slides_per_step=8, patch_budget=300, bucket=bucket) for bucket in (0, 32))
+    plan = made.training(3, 1, balanced=False)
+    assert plan == loader(sizes, slides_per_step=8, patch_budget=300, bucket=32).training(3, 1, balanced=False)
+    assert plan != made.training(3, 2, balanced=False)
+    assert sorted(row for rows in plan for row in rows) == list(range(64))
+    assert all(len(rows) <= 8 and sum(sizes[row] for row in rows) <= 300 for rows in plan)
+    spread = [max(sizes[r] for r in rows) - min(sizes[r] for r in rows) for rows in plan]
+    mixed = [max(sizes[r] for r in rows) - min(sizes[r] for r in rows) for rows in plain.training(3, 1, balanced=False)]
+    assert np.mean(spread) < np.mean(mixed) / 2
+    first = plain.training(3, 1, balanced=False)  # the same slides are drawn, a bucket at a time
+    drawn = [row for rows in first for row in rows][:32]
+    assert {row for rows in plan for row in rows if row in drawn} == set(drawn)
+    means = [np.mean([sizes[row] for row in rows]) for rows in plan]
+    assert means != sorted(means, reverse=True)  # large and small steps take turns
+
+
 def test_profiles_of_slides_without_genomics_are_zero_and_marked() -> None:
     omics = np.array([[1, 2], [np.nan, np.nan], [3, 4]], np.float32)
     batch = next((made := loader([1, 1, 1], omics=omics)).batches(made.once()))

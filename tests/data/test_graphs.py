@@ -14,6 +14,7 @@ from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
 from momkd.data.graphs import SlideGraphs
 from momkd.data.slides import write_trident
+from momkd.data.sources import SlideFiles
 from momkd.errors import InputError
 from momkd.graph import Edges
 
@@ -42,26 +43,26 @@ def test_kept_graphs_are_those_built_anew(folder: Path, tmp_path: Path) -> None:
     paths = {name: folder / f"{name}.h5" for name in "abc"}
     for name, path in paths.items():
         want = graph.knn(coords(path), 8)
-        assert same(SlideGraphs(paths)(name), want)
+        assert same(SlideGraphs(SlideFiles(paths))(name), want)
         for _ in range(2):  # written, then read
-            assert same(SlideGraphs(paths, folder=tmp_path / "graphs")(name), want)
+            assert same(SlideGraphs(SlideFiles(paths), folder=tmp_path / "graphs")(name), want)
     assert sorted(p.name for p in (tmp_path / "graphs").iterdir()) == ["a.h5", "b.h5", "c.h5"]
 
 
 def test_a_kept_graph_of_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
     paths, kept = {"a": folder / "a.h5"}, tmp_path / "graphs"
-    SlideGraphs(paths, 8, kept)("a")
+    SlideGraphs(SlideFiles(paths), 8, kept)("a")
     with pytest.raises(InputError, match=r"a\.h5: expected a graph of 5 neighbours of this slide, got another one"):
-        SlideGraphs(paths, 5, kept)("a")
+        SlideGraphs(SlideFiles(paths), 5, kept)("a")
     with h5py.File(folder / "a.h5", "r+") as file:
         file["coords"][3] += 1
     with pytest.raises(InputError, match="expected a graph of the coordinates of this slide"):
-        SlideGraphs(paths, 8, kept)("a")
+        SlideGraphs(SlideFiles(paths), 8, kept)("a")
 
 
 @pytest.mark.parametrize("harm", ["bytes", "missing", "outside", "decreasing", "short"])
 def test_a_broken_graph_is_refused(folder: Path, tmp_path: Path, harm: str) -> None:
-    graphs = SlideGraphs({"a": folder / "a.h5"}, 8, tmp_path)
+    graphs = SlideGraphs(SlideFiles({"a": folder / "a.h5"}), 8, tmp_path)
     graphs("a")
     path = tmp_path / "a.h5"
     if harm == "bytes":
@@ -88,7 +89,7 @@ def test_slides_without_coordinates_are_named_before_any_work(folder: Path) -> N
         open_cohort(folder, neighbours=8)
     assert list(open_cohort(folder, neighbours=8, skip_bad=True).skipped) == ["d"]
     with pytest.raises(InputError, match="expected coordinates"):
-        SlideGraphs({"d": folder / "d.npy"})("d")
+        SlideGraphs(SlideFiles({"d": folder / "d.npy"}))("d")
 
 
 @pytest.mark.parametrize("most", [0, 30])

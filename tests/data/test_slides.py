@@ -59,9 +59,9 @@ def test_trident_round_trip(tmp_path: Path, dtype: str, row_chunks: bool) -> Non
     assert got.coords is not None
     assert got.coords.dtype == np.int64
     assert got.coords.tolist() == places
-    wanted = {"patch_size_level0": 512, "encoder": "uni", "target_magnification": 20, "name": "TCGA-3C.DX1"}
-    assert got.attrs == wanted
+    assert got.attrs == {"patch_size_level0": 512, "target_magnification": 20}
     with h5py.File(path) as file:
+        assert (file["features"].attrs["encoder"], file["coords"].attrs["name"]) == ("uni", "TCGA-3C.DX1")
         assert file["features"].chunks == ((1, 3) if row_chunks else None)
 
 
@@ -499,6 +499,6 @@ def test_real_trident_slides(shared_data: Path) -> None:
         assert got.features.dtype == np.float32
         assert got.coords is not None
         assert slide_shape(path) == got.features.shape
-        assert (got.attrs["patch_size_level0"], got.attrs["encoder"]) == (27, "handcrafted_he27_v1")
+        assert got.attrs["patch_size_level0"] == 27
         total, lowest = total + len(got.features), min(lowest, int(got.coords.min()))
     assert (total, lowest) == (22_444, -13)
