@@ -133,6 +133,26 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert contents(out) == contents(unbroken)
 
 
+def test_a_rank_that_is_killed(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    """torchrun ends the other; both resume to the same bits as if nothing had been."""
+    script = tmp_path / "victim.py"
+    script.write_text(VICTIM)
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    outs = tmp_path / "whole", tmp_path / "killed"
+    for out, arguments, code in (
+        (outs[0], ("not at all", "", 0), 0),
+        (outs[1], ("step", "", 2), 1),
+        (outs[1], ("not at all", "", 0, "resume"), 0),
+    ):
+        given = [*line, *map(str, (tiny_cohort.root, out, *arguments))]
+        done = subprocess.run(given, capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert "Signal 9 (SIGKILL)" in done.stderr
+            assert (out / LOCK).is_file()
+    assert contents(outs[0]) == contents(outs[1])
+
+
 # -- a full disk -----------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +215,7 @@ folder, began = Path(sys.argv[1]), float(sys.argv[2])
 won = 0
 while time.time() < began:
     pass
-for _ in range(300):
+for _ in range(100):
     try:
         with locked(folder):
             inside = folder / "inside"
