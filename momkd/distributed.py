@@ -8,10 +8,12 @@ gloo from the CPU and by NCCL from GPUs; everything else travels as JSON, so tha
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -49,6 +51,10 @@ def started() -> Iterator[None]:
     opened, broken = env.world_size() > 1 and size() == 1, True
     try:
         if opened:
+            # Loaded later, by DistributedDataParallel, it keeps the group as a default argument: then the threads of
+            # gloo outlive `destroy_process_group`, and now and then abort the process at its end.
+            import_module("torch.distributed.nn")
+
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             if env.local_rank() < gpus:
                 torch.cuda.set_device(env.local_rank())
@@ -65,10 +71,9 @@ def started() -> Iterator[None]:
             "for its own message, then train again with --resume"
         ) from error
     finally:
-        if (
-            opened and dist.is_initialized() and not (broken and torch.cuda.is_available())
-        ):  # NCCL would wait for others
-            dist.destroy_process_group()
+        if opened and dist.is_initialized() and not (broken and torch.cuda.is_available()):
+            gc.collect()  # models in circles of references, which hold the group
+            dist.destroy_process_group()  # not after an error on GPUs, where it would wait for the others
 
 
 def add_(*tensors: Tensor) -> None:

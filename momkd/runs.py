@@ -16,6 +16,7 @@ RUN/
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -247,8 +248,10 @@ def check_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Tensors and plain values that training goes on from; whole or not at all."""
+    buffer = io.BytesIO()  # torch does not say why it could not write a file
+    torch.save(dict(state), buffer)
     with atomic_write(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ ranks meet at a file, so no port is chosen; and nothing ends the others when one
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -67,6 +68,10 @@ def run_ranks(
 def main() -> None:
     function, folder, rank, ranks, timeout, given = sys.argv[1:]
     torch.set_num_threads(1)
+    importlib.import_module(
+        "torch.distributed.nn"
+    )  # before there is a group, as momkd.distributed.started does and says why
+
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
@@ -77,6 +82,7 @@ def main() -> None:
     module, _, name = function.partition(":")
     value = getattr(importlib.import_module(module), name)(**json.loads(given))
     torch.save(value, Path(folder) / f"result{rank}.pt")
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from momkd import distributed
+from momkd import distributed, env
 from momkd.config import Config
 from momkd.data.batches import BagLoader, deal
 from momkd.errors import InputError, RankError
@@ -284,6 +284,19 @@ def test_one_process_needs_no_group() -> None:
     assert (distributed.size(), distributed.rank(), distributed.first()) == (1, 0, True)
     with pytest.raises(InputError, match=r"^bad$"), distributed.started(), distributed.together():
         raise InputError("bad")
+
+
+def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MOMKD_RANK_TIMEOUT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert (env.world_size(), env.rank(), env.local_rank(), env.rank_timeout()) == (1, 0, 0, 1800)
+    assert env.slurm_job() is None
+    monkeypatch.setenv("MOMKD_RANK_TIMEOUT", "60")
+    assert env.rank_timeout() == 60
+    for bad in ("soon", "0", "-3", "1.5"):
+        monkeypatch.setenv("MOMKD_RANK_TIMEOUT", bad)
+        with pytest.raises(InputError, match=f"MOMKD_RANK_TIMEOUT: expected a whole number from 1, got '{bad}'"):
+            env.rank_timeout()
 
 
 # -- when a rank ends ------------------------------------------------------------------------------------------------

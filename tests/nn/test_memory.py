@@ -320,3 +320,34 @@ def test_soft_angle_loss_is_the_op_with_its_numbers() -> None:
     assert (bank.memory.grad != 0).any(), "it reaches a memory that is a parameter"
     assert list(SoftAngleLoss().parameters()) == []
     assert repr(SoftAngleLoss()) == "SoftAngleLoss(margin=0.3, tau=5.0, beta=20.0)"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_update_by_the_sums_of_several(weighted: bool) -> None:
+    """Three parts, each gathered by itself, move the memory as all rows at once."""
+    torch.manual_seed(0)
+    z, row_class = torch.randn(60, 8), torch.arange(60) % 4 - 1
+    weights = torch.rand(60) if weighted else None
+    whole, bank = momkd.nn.MemoryBank(3, 4, 8), momkd.nn.MemoryBank(3, 4, 8)
+    whole.fill_(z, row_class, generator=torch.Generator().manual_seed(1))
+    bank.load_state_dict(whole.state_dict())
+    parts = [slice(0, 7), slice(7, 7), slice(7, 60)]
+    rest = [
+        momkd.functional.ema_accumulate(
+            bank.memory, z[part], row_class[part], weights=None if weights is None else weights[part]
+        )
+        for part in parts[1:]
+    ]
+
+    def reduce(sums: torch.Tensor, mass: torch.Tensor) -> None:
+        for more, heavier in rest:
+            sums += more
+            mass += heavier
+
+    first = {"weights": None if weights is None else weights[:7], "momentum": 0.9}
+    assert bank.update_(z[:7], row_class[:7], reduce=reduce, **first) is None
+    whole.update_(z, row_class, weights=weights, momentum=0.9)
+    torch.testing.assert_close(bank.memory, whole.memory, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bank.usage, whole.usage, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="reseed_below: expected None where reduce is given"):
+        bank.update_(z, row_class, momentum=0.9, reduce=reduce, reseed_below=0.1)
