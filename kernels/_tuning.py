@@ -113,7 +113,8 @@ class GraphTiles(NamedTuple):
     def fitted(self, chip: str, dtype: torch.dtype, width: int) -> GraphTiles:
         """All columns of a head at once, 256 of them to a warp."""
         columns = at_most(1 << 30, width)
-        return self._replace(columns=columns, warps=max(1, columns // 256))
+        rows = min(self.rows, 4) if chip == "sm_100" and self.nodes > 1 else self.rows  # 8 spill there
+        return self._replace(rows=rows, columns=columns, warps=max(1, columns // 256))
 
 
 class _Cut(Protocol):

@@ -113,7 +113,10 @@ def test_no_default_spills(op: str, arch: str, every: bool) -> None:
 
 @pytest.mark.parametrize("every", SOME_OR_ALL)
 def test_no_candidate_of_tuning_spills_or_fails(op: str, every: bool) -> None:
-    reports = compiled(op, "sm_90", every, candidates=most_candidates())
+    most = most_candidates()
+    if op == "graph_attention":
+        pytest.skip("graph_attention is cut in one way: there is nothing to tune")
+    reports = compiled(op, "sm_90", every, candidates=most)
     assert len(reports) > len(compiled(op, "sm_90", every))
     assert unfit(reports) == []
     assert spilled(reports) == []
@@ -123,7 +126,7 @@ def most_candidates() -> int:
     from momkd.kernels import _tuning
 
     tables = [table for table in vars(_tuning).values() if isinstance(table, _tuning.Candidates)]
-    assert len(tables) == 6
+    assert len(tables) == 8
     return max(len(given) for table in tables for given in table)
 
 

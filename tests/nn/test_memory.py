@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import momkd
 from momkd import Bags
 from momkd import functional as F
 from momkd.nn import MemoryBank, MemoryGuidedPool, SoftAngleLoss
