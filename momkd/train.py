@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -103,8 +104,9 @@ class Trainer:
         self.parallel: nn.Module = self.losses
         if self.ranks > 1:  # buffers are kept equal by what is done to them here
             known = inspect.signature(DistributedDataParallel).parameters
-            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until 2.12
-            self.parallel = DistributedDataParallel(self.losses, **{option: False})
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # in older torch
+            options: dict[str, Any] = {option: False}
+            self.parallel = DistributedDataParallel(self.losses, **options)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.options.learning_rate, weight_decay=self.options.weight_decay
         )
