@@ -104,7 +104,7 @@ class Trainer:
         self.parallel: nn.Module = self.losses
         if self.ranks > 1:  # buffers are kept equal by what is done to them here
             known = inspect.signature(DistributedDataParallel).parameters
-            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # in older torch
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {option: False}
             self.parallel = DistributedDataParallel(self.losses, **options)
         self.optimizer = torch.optim.AdamW(

@@ -333,9 +333,7 @@ def test_update_by_the_sums_of_several(weighted: bool) -> None:
     bank.load_state_dict(whole.state_dict())
     parts = [slice(0, 7), slice(7, 7), slice(7, 60)]
     rest = [
-        F.ema_accumulate(
-            bank.memory, z[part], row_class[part], weights=None if weights is None else weights[part]
-        )
+        F.ema_accumulate(bank.memory, z[part], row_class[part], weights=None if weights is None else weights[part])
         for part in parts[1:]
     ]
 
