@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from momkd.config import Config
+from momkd.data import lock
 from momkd.data.atomic import atomic_write, remove_leftovers
 from momkd.data.lock import LOCK, locked
 from momkd.errors import InputError
@@ -242,6 +243,24 @@ def test_of_many_at_once_one_holds_the_lock(tmp_path: Path) -> None:
         won.append(int(said))
     assert sum(won) > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened while it was held, locked after it was given back: then the name belongs to nobody, or to a third."""
+    flocked, calls = lock._flocked, []
+
+    def late(handle: int) -> bool | None:
+        calls.append(handle)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+        return flocked(handle)
+
+    monkeypatch.setattr(lock, "_flocked", late)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert len(calls) == 2
 
 
 def test_locks_that_were_left(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import momkd
 from momkd import Bags
 from momkd import functional as F
 from momkd.nn import MemoryBank, MemoryGuidedPool, SoftAngleLoss
@@ -329,18 +328,16 @@ def test_update_by_the_sums_of_several(weighted: bool) -> None:
     torch.manual_seed(0)
     z, row_class = torch.randn(60, 8), torch.arange(60) % 4 - 1
     weights = torch.rand(60) if weighted else None
-    whole, bank = momkd.nn.MemoryBank(3, 4, 8), momkd.nn.MemoryBank(3, 4, 8)
+    whole, bank = MemoryBank(3, 4, 8), MemoryBank(3, 4, 8)
     whole.fill_(z, row_class, generator=torch.Generator().manual_seed(1))
     bank.load_state_dict(whole.state_dict())
     parts = [slice(0, 7), slice(7, 7), slice(7, 60)]
     rest = [
-        momkd.functional.ema_accumulate(
-            bank.memory, z[part], row_class[part], weights=None if weights is None else weights[part]
-        )
+        F.ema_accumulate(bank.memory, z[part], row_class[part], weights=None if weights is None else weights[part])
         for part in parts[1:]
     ]
 
-    def reduce(sums: torch.Tensor, mass: torch.Tensor) -> None:
+    def reduce(sums: Tensor, mass: Tensor) -> None:
         for more, heavier in rest:
             sums += more
             mass += heavier
