@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -315,14 +316,20 @@ def _sass_width(opcode: str) -> int:
     return next((_SASS_WIDTHS[part] for part in opcode.split(".") if part in _SASS_WIDTHS), 32)
 
 
-def read_cubin(cubin: bytes, report: Report, function: str = "") -> None:
-    """Fills in what the machine code says, of one function where the cubin holds several."""
+@cache
+def _machine_code(cubin: bytes, function: str) -> str:
+    """Resources and instructions in words; the same cubin is often asked about, and its reader is slow."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         chosen = ["-fun", function] if function else []
         command = [_cuobjdump(), "--dump-resource-usage", "-sass", *chosen, file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_cubin(cubin: bytes, report: Report, function: str = "") -> None:
+    """Fills in what the machine code says, of one function where the cubin holds several."""
+    text = _machine_code(cubin, function)
     usage = {name: int(value) for name, value in _RESOURCES.findall(text)}
     reserved = _RESERVED_SHARED if report.arch not in ("sm_80", "sm_89") else 0
     report.registers = usage["REG"]
