@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -233,6 +234,9 @@ def distinct(launches: Sequence[tuple[Case, Launch]], archs: Sequence[str]) -> l
     return list(jobs.values())
 
 
+_ALONE = Lock()
+
+
 def compile_job(job: Job) -> Report:
     """Compiles (or finds in Triton's cache) and reads; a failure is told in the report."""
     from triton.backends.compiler import GPUTarget
@@ -253,8 +257,13 @@ def compile_job(job: Job) -> Report:
     )
     chip = CHIPS[job.arch]
     source = ASTSource(job.fn, job.signature, job.constants, job.attributes)
+    target = GPUTarget(chip.backend, chip.arch, chip.warp)
     try:
-        compiled = compile(source, target=GPUTarget(chip.backend, chip.arch, chip.warp), options=dict(job.options))
+        try:
+            compiled = compile(source, target=target, options=dict(job.options))
+        except SystemError:  # Python 3.11 counts the depth of all threads' syntax trees together
+            with _ALONE:
+                compiled = compile(source, target=target, options=dict(job.options))
     except Exception as error:
         report.error = f"{type(error).__name__}: {error}"
         return report
