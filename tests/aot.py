@@ -8,6 +8,7 @@ through Triton's own argument binding and compiler for each architecture, and it
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -234,7 +235,20 @@ def distinct(launches: Sequence[tuple[Case, Launch]], archs: Sequence[str]) -> l
     return list(jobs.values())
 
 
-_ALONE = Lock()
+@contextmanager
+def _one_parser_at_a_time() -> Iterator[None]:
+    """Threads parse one after the other: Python 3.11 counts the depth of all their syntax trees as one (gh-106905)."""
+    parse, alone = ast.parse, Lock()
+
+    def parse_alone(*args: Any, **kwargs: Any) -> ast.AST:
+        with alone:
+            return parse(*args, **kwargs)
+
+    ast.parse = parse_alone  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        ast.parse = parse
 
 
 def compile_job(job: Job) -> Report:
@@ -259,11 +273,7 @@ def compile_job(job: Job) -> Report:
     source = ASTSource(job.fn, job.signature, job.constants, job.attributes)
     target = GPUTarget(chip.backend, chip.arch, chip.warp)
     try:
-        try:
-            compiled = compile(source, target=target, options=dict(job.options))
-        except SystemError:  # Python 3.11 counts the depth of all threads' syntax trees together
-            with _ALONE:
-                compiled = compile(source, target=target, options=dict(job.options))
+        compiled = compile(source, target=target, options=dict(job.options))
     except Exception as error:
         report.error = f"{type(error).__name__}: {error}"
         return report
@@ -294,7 +304,7 @@ def compile_all(
                 why = f"the launcher raised {type(error).__name__}: {error}"
                 broken.append(Report("", f"{case}", arch, 0, 0, cases=(case,), error=why))
         jobs += distinct(launches, [arch])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with _one_parser_at_a_time(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         futures = [pool.submit(compile_job, job) for job in jobs]
         done: Iterable[Any] = as_completed(futures)
         if show_progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +34,9 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _few_threads() -> None:
+    """Two threads, or one where `pytest -n` runs several tests at once."""
+    torch.set_num_threads(min(1 if "PYTEST_XDIST_WORKER" in os.environ else 2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
