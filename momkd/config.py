@@ -37,7 +37,9 @@ def _switch(default: bool, help: str) -> Any:
 @dataclass(frozen=True)
 class ModelConfig:
     kind: str = _choice(
-        "momkd", ("momkd", "abmil", "omics"), "momkd; abmil is the slide alone; omics is the genomics tower alone"
+        "momkd",
+        ("momkd", "abmil", "omics", "distill"),
+        "momkd; abmil is the slide alone; omics is the genomics tower alone; distill matches both inside a batch",
     )
     encoder: str = _choice(
         "mlp", ("mlp", "identity", "gatv2"), "of the patches: mlp is Linear, LayerNorm, GELU; gatv2 sees neighbours"
@@ -46,10 +48,11 @@ class ModelConfig:
     neighbours: int = _number(8, 1, 64, "k of the graph of patches that gatv2 sees")
     attention_dropout: float = _number(0.5, 0, 0.99, "of the attention between patches, in gatv2")
     encoder_dropout: float = _number(0.25, 0, 0.99, "of what gatv2 adds to its residual")
-    pooling: str = _choice("memory", ("memory", "gated"), "attention by the memory, or by a gate")
+    pooling: str = _choice("memory", ("memory", "gated", "both"), "attention by the memory, a gate, or the sum")
     branch: str = _choice("positive", ("positive", "per_class"), "one attention, or one a class (always so for C > 2)")
     hidden_features: int = _number(512, 1, 65_536, "D, width of an encoded patch")
-    gate_features: int = _number(256, 1, 65_536, "width of the gate, where pooling is gated")
+    gate_features: int = _number(256, 1, 65_536, "width of the gate, where pooling is gated or both")
+    match: str = _choice("mse", ("mse", "contrastive"), "what distill draws together, and how")
     projection_features: int = _number(64, 1, 4096, "S, length of a prototype")
     shared_projector: bool = _switch(True, "patches and pooled slides share one projector")
     temperature: float = _number(0.2, 0.01, 2, "of the attention at the start; it is learnt")
@@ -75,6 +78,7 @@ class MemoryConfig:
     momentum: float | None = _number(None, 0, 1, "m of every step; unset: from half_life")
     warmup: int = _number(1, 0, 1000, "epochs of mean pooling after which the memory is filled by clustering")
     reservoir: int = _number(4096, 1, 10_000_000, "rows of a class kept for that, at most")
+    coupled: bool = _switch(False, "one soft-angle loss of both modalities' mean: gradients cross. For ablation")
     reseed_below: float | None = _number(None, 0, 1, "usage under which a slot is given a row of its class")
 
 
@@ -87,6 +91,7 @@ class OmicsConfig:
     features: int = _number(512, 1, 65_536, "width of the embedding of a profile")
     hidden_features: int = _number(512, 1, 65_536, "width of the tower between")
     dropout: float = _number(0.25, 0, 0.99, "in the tower")
+    share: float = _number(1.0, 0, 1, "of the cases whose profile is used, drawn by train.seed: for learning curves")
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,10 @@ class LossConfig:
     soft_angle_omics: float = _number(0.05, 0, 1000, "weight of the soft-angle loss of the genomics")
     soft_angle_slide: float = _number(0.2, 0, 1000, "weight of the soft-angle loss of the slide")
     reconstruction: float = _number(0.05, 0, 1000, "weight of the reconstruction of the profile")
+    assignment: float = _number(0.0, 0, 1000, "weight of the assignment to slots that genomics teach; 0: none")
+    assignment_tau: float = _number(10.0, 1e-3, 1e4, "sharpness of that assignment")
+    alignment: float = _number(0.2, 0, 1000, "weight of what distill matches")
+    teacher: float = _number(0.5, 0, 1000, "weight of the cross-entropy of the genomics in distill")
     margin: float = _number(0.3, -2, 2, "of the soft-angle losses, in units of cosine")
     tau: float = _number(5.0, 1e-3, 1e4, "sharpness of their soft maximum over slots")
     beta: float = _number(20.0, 1e-3, 1e4, "sharpness of their hinge")

@@ -87,6 +87,8 @@ def read_inputs(
     profiles = None
     if omics is not None and config.model.kind != "abmil":
         profiles = read_omics(omics)
+        if config.omics.share < 1:
+            profiles = _share_of(profiles, config.omics.share, config.train.seed)
         cases = table.table.loc[slides, "case_id"].unique()
         without = [case for case in cases if case not in profiles.table.index]
         if len(without) == len(cases):
@@ -204,6 +206,13 @@ def _describe(inputs: Inputs, folds: list[int], names: Mapping[str, Path | str |
         versions={name: version(name) for name in ("momkd", "torch", "numpy", "scikit-learn")},
         skipped=dict(inputs.cohort.skipped) if inputs.cohort is not None else {},
     )
+
+
+def _share_of(omics: Omics, share: float, seed: int) -> Omics:
+    """Profiles of a share of the cases, at least of one; a larger share holds all of a smaller one's."""
+    cases = omics.table.index.sort_values()
+    kept = np.random.default_rng(seed).permutation(len(cases))[: max(1, round(share * len(cases)))]
+    return replace(omics, table=omics.table.loc[cases[np.sort(kept)]])
 
 
 @contextlib.contextmanager

@@ -134,6 +134,33 @@ def paired_difference(
     return {"difference": float(np.mean(estimates[0] - estimates[1])), "low": low, "high": high}
 
 
+def calibration(predictions: pd.DataFrame, classes: Sequence[str], *, bins: int = 10) -> dict[str, float]:
+    """How far probabilities are from frequencies: the mean over folds of the two usual measures.
+
+    Args:
+        predictions: labelled rows of one part; columns as in `evaluate_predictions`.
+        classes: the C class names.
+        bins: of equal width, for the calibration error.
+
+    Returns:
+        "ece": expected calibration error of the most probable class, Σ_bins share · |accuracy − confidence|; "brier":
+        mean over rows of Σ_c (p_c − 1[c = label])², halved for two classes, where it is then that of the second class.
+
+    Source: Guo et al., ICML 2017; Brier, 1950.
+    """
+    each: list[tuple[float, float]] = []
+    for _, rows in predictions.groupby("fold"):
+        p = rows[[f"prob_{name}" for name in classes]].to_numpy(np.float64)  # (n, C)
+        y = rows["label"].to_numpy(np.int64)
+        confidence, right = p.max(1), p.argmax(1) == y
+        place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+        gap = np.bincount(place, right - confidence, minlength=bins)  # of each bin, times its rows
+        brier = float(np.square(p - np.eye(len(classes))[y]).sum(1).mean())
+        each.append((float(np.abs(gap).sum() / len(rows)), brier / 2 if len(classes) == 2 else brier))
+    ece, brier = np.mean(each, axis=0)
+    return {"ece": float(ece), "brier": float(brier)}
+
+
 def attention_auc(scores: ArrayLike, truth: ArrayLike) -> float | None:
     """How well the attention of one slide ranks its positive patches: ROC AUC.
 

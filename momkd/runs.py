@@ -32,7 +32,7 @@ from momkd.config import Config, read_config
 from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
-from momkd.models import ABMIL, MILModel, MoMKD, OmicsClassifier
+from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
 
 PREDICTIONS = "predictions.csv"
 EXTERNAL = "predictions_external.csv"
@@ -61,6 +61,23 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
             dropout=model.dropout,
             **graph,
         )
+    if model.kind == "distill":
+        return BatchDistillation(
+            in_features,
+            num_classes,
+            omics_features=omics_features,
+            match=model.match,
+            encoder=model.encoder,
+            hidden_features=model.hidden_features,
+            gate_features=model.gate_features,
+            projection_features=model.projection_features,
+            branch=model.branch,
+            dropout=model.dropout,
+            omics_embedding=omics.features,
+            omics_hidden=omics.hidden_features,
+            omics_dropout=omics.dropout,
+            **graph,
+        )
     return MoMKD(
         in_features,
         num_classes,
@@ -81,6 +98,8 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         margin=loss.margin,
         tau=loss.tau,
         beta=loss.beta,
+        assignment_tau=loss.assignment_tau if loss.assignment > 0 else None,
+        coupled=memory.coupled,
         omics_embedding=omics.features,
         omics_hidden=omics.hidden_features,
         omics_dropout=omics.dropout,

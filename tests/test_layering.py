@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},
     "ops": GROUND | BACKENDS | {"dispatch"},
     "functional": GROUND | {"ops", "dispatch", "reference"},
-    "nn": GROUND | {"functional"},
+    "nn": GROUND | {"functional", "reference"},  # definitions: softmax over bags, to look at
     **dict.fromkeys(ASSEMBLED, GROUND | ASSEMBLED | {"nn", "functional", "reference", "config"}),
     "compat": GROUND | ASSEMBLED | {"nn", "functional", "reference", "config", "dispatch"},
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),

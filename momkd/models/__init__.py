@@ -2,7 +2,17 @@
 
 from momkd.models.abmil import ABMIL
 from momkd.models.base import MemoryRows, MILModel, Prediction, TrainingStep
+from momkd.models.distillation import BatchDistillation
 from momkd.models.momkd import MoMKD
 from momkd.models.omics import OmicsClassifier
 
-__all__ = ["ABMIL", "MILModel", "MemoryRows", "MoMKD", "OmicsClassifier", "Prediction", "TrainingStep"]
+__all__ = [
+    "ABMIL",
+    "BatchDistillation",
+    "MILModel",
+    "MemoryRows",
+    "MoMKD",
+    "OmicsClassifier",
+    "Prediction",
+    "TrainingStep",
+]

@@ -10,12 +10,12 @@ from momkd.models.base import (
     Prediction,
     SlideClassifier,
     TrainingStep,
-    attention_of,
     classification_loss,
     encode,
     make_encoder,
 )
 from momkd.nn import GatedAttentionPool
+from momkd.nn.pooling import attention_of
 
 
 class ABMIL(MILModel):
@@ -60,18 +60,18 @@ class ABMIL(MILModel):
         heads = num_classes if branch == "per_class" else 1
         self.pool = GatedAttentionPool(width, gate_features, heads)
         self.classifier = SlideClassifier(width, num_classes, dropout)
+        self.width = width
 
-    def _logits_and_scores(self, bags: Bags) -> tuple[Tensor, Tensor]:
-        encoded = encode(self.encoder, bags, self.in_features, self.pool.attention_v.weight)
-        pooled, scores = self.pool.pool_with_scores(encoded)
-        return self.classifier(pooled), scores
+    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor]:
+        """pooled (B, H, D) and the scores before softmax (N, H)."""
+        return self.pool.pool_with_scores(encode(self.encoder, bags, self.in_features, self.pool.attention_v.weight))
 
     def training_step(
         self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
     ) -> TrainingStep:
-        logits, _ = self._logits_and_scores(bags)
+        logits = self.classifier(self._pooled(bags)[0])
         return TrainingStep({"classification": [classification_loss(logits, labels)]}, logits)
 
     def forward(self, bags: Bags) -> Prediction:
-        logits, scores = self._logits_and_scores(bags)
-        return Prediction(logits, attention_of(scores, bags.offsets))
+        pooled, scores = self._pooled(bags)
+        return Prediction(self.classifier(pooled), attention_of(scores, bags.offsets))

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from momkd.bags import Bags
 from momkd.nn import GraphEncoder, MemoryBank
-from momkd.reference.segments import segment_softmax, softmax_stats
 
 ENCODERS = ("mlp", "identity", "gatv2")
-POOLINGS = ("memory", "gated")
+POOLINGS = ("memory", "gated", "both")
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,3 @@ def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Me
     each = (decoded.float() - profile.float()).square().mean(1)  # (B,)
     count = present.sum()
     return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)
-
-
-def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:
-    """Scores before softmax (N, H) -> attention (N, H) summing to one over each bag; to look at, without gradient."""
-    scores = scores.detach()
-    return segment_softmax(scores, softmax_stats(scores, offsets), offsets)

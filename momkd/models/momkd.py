@@ -21,14 +21,14 @@ from momkd.models.base import (
     Prediction,
     SlideClassifier,
     TrainingStep,
-    attention_of,
     classification_loss,
     encode,
     make_encoder,
     reconstruction_loss,
 )
 from momkd.models.omics import OmicsTower
-from momkd.nn import GatedAttentionPool, MemoryBank, MemoryGuidedPool, SoftAngleLoss
+from momkd.nn import GatedAttentionPool, GatedMemoryPool, MemoryBank, MemoryGuidedPool, SoftAngleLoss
+from momkd.nn.pooling import attention_of
 from momkd.reference.segments import bag_index
 
 ROWS = ("slide", "patch", "attention")
@@ -44,10 +44,10 @@ class MoMKD(MILModel):
         num_classes: C, at least 2.
         omics_features: G, genes of a profile; None leaves the tower out.
         encoder: "mlp", "identity", or "gatv2" as in the paper, which wants bags with a graph (`Bags.with_edges`).
-        pooling: "memory" (attention by the memory) or "gated".
+        pooling: "memory" (attention by the memory), "gated", or "both" (the scores of both added).
         branch: "positive", one attention; "per_class", one a class, as always for C > 2 where the memory guides.
         hidden_features: D, width of an encoded patch (of "identity" it is L).
-        gate_features: width of the gate, for pooling="gated".
+        gate_features: width of the gate, for pooling="gated" and "both".
         projection_features: S, length of a prototype.
         shared_projector: patches and pooled slides share one projector.
         slots: K, prototypes a class.
@@ -57,6 +57,9 @@ class MoMKD(MILModel):
         temperature: of the attention at the start; it is learnt.
         dropout: in the classifier.
         margin, tau, beta: of the soft-angle losses.
+        assignment_tau: sharpness of the soft assignment to slots that a slide learns from its genomics; None: none.
+        coupled: one soft-angle loss of the mean of both projections takes the place of the two, so that gradients cross
+            from one modality to the other. For ablation.
         heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
         omics_embedding, omics_hidden, omics_dropout: of the tower.
 
@@ -93,6 +96,8 @@ class MoMKD(MILModel):
         margin: float = 0.3,
         tau: float = 5.0,
         beta: float = 20.0,
+        assignment_tau: float | None = None,
+        coupled: bool = False,
         heads: int = 2,
         attention_dropout: float = 0.5,
         encoder_dropout: float = 0.25,
@@ -105,6 +110,7 @@ class MoMKD(MILModel):
             if value not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
         self.in_features, self.rows, self.rho = in_features, rows, rho
+        self.assignment_tau, self.coupled = assignment_tau, coupled
         self.soft_angle = SoftAngleLoss(margin, tau, beta)
         graph = {"heads": heads, "attention_dropout": attention_dropout, "dropout": encoder_dropout}
         self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
@@ -112,10 +118,13 @@ class MoMKD(MILModel):
         self.slide_projector = None if shared_projector else nn.Linear(width, projection_features)
         self.memory = MemoryBank(num_classes, slots, projection_features, update=update)
         self.pool: MemoryGuidedPool | GatedAttentionPool
+        branches = num_classes if branch == "per_class" or (pooling == "both" and num_classes > 2) else 1
         if pooling == "memory":
             self.pool = MemoryGuidedPool(temperature, branch=branch)
+        elif pooling == "both":
+            self.pool = GatedMemoryPool(width, gate_features, branches, temperature, branch=branch)
         else:
-            self.pool = GatedAttentionPool(width, gate_features, num_classes if branch == "per_class" else 1)
+            self.pool = GatedAttentionPool(width, gate_features, branches)
         self.classifier = SlideClassifier(width, num_classes, dropout)
         self.genomics: OmicsTower | None = None
         if omics_features is not None:
@@ -161,7 +170,6 @@ class MoMKD(MILModel):
         terms = {
             "classification": [classification_loss(logits, labels)],
             "memory": [Mean(self.memory.commitment_loss(committed, row_class), (row_class >= 0).sum())],
-            "soft_angle_slide": [Mean(self.soft_angle(slide, self.memory.memory, labels), labelled)],
         }
         if by_gradient:
             terms["memory"].append(Mean(self.memory.orthogonality_loss(labels), labelled))
@@ -170,9 +178,17 @@ class MoMKD(MILModel):
             present = torch.ones_like(taught) if has_omics is None else has_omics
             taught = present & (labels >= 0)
             genomic, decoded = self.genomics(omics)
-            own = torch.where(taught, labels, torch.full_like(labels, -1))
-            terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]
             terms["reconstruction"] = [reconstruction_loss(decoded, omics, present)]
+            if self.assignment_tau is not None:
+                assigned = self.memory.assignment_loss(slide, genomic, present, tau=self.assignment_tau)
+                terms["assignment"] = [Mean(assigned, present.sum())]
+            if not self.coupled:
+                own = torch.where(taught, labels, torch.full_like(labels, -1))
+                terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]
+        drawn = slide
+        if self.coupled and genomic is not None:
+            drawn = torch.where(taught[:, None], _unit(slide + genomic), slide)
+        terms["soft_angle_slide"] = [Mean(self.soft_angle(drawn, self.memory.memory, labels), labelled)]
         return TrainingStep(terms, logits, self._memory_rows(bags, labels, z, attention, slide, genomic, taught))
 
     @torch.no_grad()

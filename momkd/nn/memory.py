@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from momkd import functional
 from momkd.bags import Bags
+from momkd.nn.pooling import GatedAttentionPool, attention_of
 
 UPDATES = ("momentum", "gradient")
 
@@ -165,6 +166,30 @@ class MemoryBank(nn.Module):
             loss = (z - memory[own, nearest]).square().mean(1)
         return torch.where(counted, loss, torch.zeros_like(loss)).sum() / counted.sum().clamp_min(1)
 
+    def assignment_loss(self, z: Tensor, target: Tensor, counted: Tensor, *, tau: float) -> Tensor:
+        """How far rows are from their targets in the soft assignment over all slots: Kullback-Leibler divergence.
+
+        p_i = softmax over the C·K slots of τ · cos(z_i, M), q_i the same of target_i; mean of Σ q_i log(q_i / p_i). The
+        gradient reaches z alone.
+
+        Args:
+            z, target: (B, S) any float dtype.
+            counted: (B,) bool; the other rows are left out.
+            tau: sharpness, > 0.
+
+        Returns:
+            A scalar; 0 where no row counts.
+        """
+        slots = nn.functional.normalize(self.memory.detach().flatten(0, 1), dim=1, eps=1e-12)  # (C·K, S)
+
+        def log_assignment(rows: Tensor) -> Tensor:
+            rows = torch.where(counted[:, None], rows, torch.zeros_like(rows)).float()
+            return torch.log_softmax(tau * nn.functional.normalize(rows, dim=1, eps=1e-12) @ slots.T, dim=1)
+
+        p, q = log_assignment(z), log_assignment(target.detach())
+        each = (q.exp() * (q - p)).sum(1)  # (B,)
+        return torch.where(counted, each, torch.zeros_like(each)).sum() / counted.sum().clamp_min(1)
+
     def orthogonality_loss(self, row_class: Tensor) -> Tensor:
         """Mean over labelled rows of 10 · (Σ_ij cos²(e_i, e_j) / K² − 1/K) of the bank of the row's class.
 
@@ -216,6 +241,49 @@ class MemoryGuidedPool(nn.Module):
         return functional.memory_guided_pool(
             z, bags.features, memory, bags.offsets, self.temperature, branch=self.branch
         )
+
+
+class GatedMemoryPool(MemoryGuidedPool):
+    """Attention by a gate and a memory together: the scores of both are added before the softmax.
+
+    score_ih = gate_ih + (memory score of `MemoryGuidedPool`)_ih. While the memory is zero the gate is alone.
+
+    Args:
+        in_features: L, the width of a patch feature.
+        hidden_features: D, the width of the gate.
+        heads: H, branches: 1, or with branch="per_class" C.
+        temperature, branch: as in `MemoryGuidedPool`; a memory of C > 2 classes wants "per_class".
+
+    Example:
+        >>> bags, bank = momkd.Bags.from_list([torch.randn(5, 32)]), momkd.nn.MemoryBank(2, 4, 8)
+        >>> pooled, attention, slots = momkd.nn.GatedMemoryPool(32, 16)(torch.randn(5, 8), bags, bank.memory)
+        >>> pooled.shape
+        torch.Size([1, 1, 32])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int = 256,
+        heads: int = 1,
+        temperature: float = 0.2,
+        *,
+        branch: str = "positive",
+    ) -> None:
+        super().__init__(temperature, branch=branch)
+        self.gate = GatedAttentionPool(in_features, hidden_features, heads)
+
+    def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
+        if self.branch == "positive" and s.shape[1] == 2:
+            s = s[:, 1:] - s[:, :1]
+        else:
+            top, best = s.topk(2, dim=1)
+            others = torch.where(best[:, :1] == torch.arange(s.shape[1], device=s.device), top[:, 1:], top[:, :1])
+            s = s - others
+        scores = self.gate.scores(bags) + s / self.temperature
+        pooled = functional.attention_pool(bags, scores)
+        return pooled, attention_of(scores, bags.offsets), slots
 
 
 class SoftAngleLoss(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from momkd import functional
 from momkd.bags import Bags
+from momkd.reference.segments import segment_softmax, softmax_stats
 
 
 class GatedAttentionPool(nn.Module):
@@ -61,5 +62,15 @@ class GatedAttentionPool(nn.Module):
         )
         return pooled, scores
 
+    def scores(self, bags: Bags) -> Tensor:
+        """Bags of width L -> the scores before softmax (N, H)."""
+        return self.pool_with_scores(bags)[1]
+
     def extra_repr(self) -> str:
         return f"gated={self.attention_u is not None}, dropout={self.dropout}"
+
+
+def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:
+    """Scores before softmax (N, H) -> attention (N, H) summing to one over each bag; to look at, without gradient."""
+    scores = scores.detach()
+    return segment_softmax(scores, softmax_stats(scores, offsets), offsets)

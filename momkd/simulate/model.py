@@ -214,10 +214,11 @@ def draw_slides(
 ) -> Iterator[tuple[str, SlideDraw]]:
     """The slides of a case, one after the other."""
     for k, slide_id in enumerate(case.slide_ids()):
-        yield slide_id, _draw_slide(config, world, site, case, stream(config, 4, cohort, int(case.case_id[3:]), k))
+        yield slide_id, draw_slide(config, world, site, case, stream(config, 4, cohort, int(case.case_id[3:]), k))
 
 
-def _draw_slide(config: SimulationConfig, world: World, site: Site, case: Case, rng: np.random.Generator) -> SlideDraw:
+def draw_slide(config: SimulationConfig, world: World, site: Site, case: Case, rng: np.random.Generator) -> SlideDraw:
+    """A slide that shows what is visible of the case, at its site."""
     n = round(config.patches * math.exp(config.patches_spread * rng.standard_normal()))
     n = min(max(n, _MIN_PATCHES), config.patches_max)
     cells, tissue = _layout(rng, n, config.tumour_fraction)  # (N, 2), (N,)

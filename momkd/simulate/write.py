@@ -41,8 +41,8 @@ from momkd.simulate.model import (
 
 NOTE = "Everything here is simulated by momkd: no patient, no slide and no measurement is behind it."
 
-_MARK = "simulation.json"  # a folder without it is never replaced
-_WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", _MARK, "README.txt")
+MARK = "simulation.json"  # a folder without it is never replaced
+_WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", MARK, "README.txt")
 _README = f"""{NOTE}
 Results on it say how software behaves, not how medicine does.
 
@@ -113,14 +113,23 @@ def simulate(
         >>> cohort.labels.name, len(list(cohort.features.iterdir()))
         ('labels.csv', 40)
     """
-    config = SimulationConfig() if config is None else config
-    shown, target = Path(out), Path(os.path.realpath(out))
+    config, shown = SimulationConfig() if config is None else config, Path(out)
+    with written_whole(shown, overwrite) as temporary:
+        _write(temporary, config, progress)
+    external = _paths(shown / "external", None, None) if config.external_slides else None
+    return _paths(shown, shown / "splits", external)
+
+
+@contextlib.contextmanager
+def written_whole(shown: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write a simulation into, which takes the place of `shown` at the end of the block, or never."""
+    target = Path(os.path.realpath(shown))
     _check_target(shown, target, overwrite)
     temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        _write(temporary, config, progress)
+        yield temporary
         _check_target(shown, target, overwrite)  # it took a while
         _put_in_place(temporary, target)
     except InputError as error:
@@ -130,8 +139,6 @@ def simulate(
         raise InputError(f"{shown}: cannot write it: {error.strerror or error}; {remedy}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # it is gone after the rename
-    external = _paths(shown / "external", None, None) if config.external_slides else None
-    return _paths(shown, shown / "splits", external)
 
 
 def _paths(root: Path, splits: Path | None, external: SimulatedCohort | None) -> SimulatedCohort:
@@ -162,7 +169,7 @@ def _write(root: Path, config: SimulationConfig, progress: Callable[[int, int], 
         others = draw_cases(config, world, EXTERNAL)
         _write_cohort(root / "external", config, world, EXTERNAL, others, wrote_slide)
     write_text(root / "README.txt", _README)
-    write_json(root / _MARK, {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()})
+    write_json(root / MARK, {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()})
 
 
 def _labels(config: SimulationConfig, cases: list[Case]) -> Labels:
@@ -223,7 +230,7 @@ def _check_target(shown: Path, target: Path, overwrite: bool) -> None:
     found = sorted(path.name for path in target.iterdir())
     if not found:
         return
-    if _MARK not in found:
+    if MARK not in found:
         raise InputError(f"{shown}: expected a new or an empty folder, got {found[0]!r} in it; choose another folder")
     if not overwrite:
         raise InputError(

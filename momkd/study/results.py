@@ -1,0 +1,105 @@
+"""What a study found: every arm's metrics, and the reference's advantage over each, with intervals over patients.
+
+Folds of all seeds count as folds of one cross-validation; a patient is drawn once for all of them, so an interval says
+what other patients would have done, and the mean over seeds takes out what chance in training did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from momkd.errors import InputError
+from momkd.metrics import calibration, evaluate_predictions, paired_difference
+from momkd.predictions import read_predictions
+from momkd.runs import EXTERNAL, PREDICTIONS, Run
+from momkd.study.arms import REFERENCE
+from momkd.study.run import Cell, Study
+
+PARTS = ("test", "external")
+RANKING = ("auc", "auprc")
+CALIBRATION = ("ece", "brier")
+
+
+def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 1000) -> pd.DataFrame:
+    """One row a task, arm and part, from the predictions of all cells that are finished.
+
+    Args:
+        study: as it was run.
+        reference: the arm whose advantage over every other is given, where it is among them.
+        bootstrap: resamples of patients.
+
+    Returns:
+        Columns task, arm, title, part ("test" or "external"), seeds, folds, patients; auc and auprc, each with _low and
+        _high; ece, brier; difference, difference_low, difference_high: AUC of the reference minus that of the arm, of
+        the seeds that both have.
+
+    Raises:
+        InputError: no cell is finished.
+    """
+    rows = []
+    for task in study.cohort.tasks:
+        cells = [cell for cell in study.cells() if cell.task == task and study.finished(cell)]
+        by_arm: dict[str, list[Cell]] = {}
+        for cell in cells:
+            by_arm.setdefault(cell.arm.name, []).append(cell)
+        tables = {name: _predictions(own) for name, own in by_arm.items()}
+        for name, (table, classes) in tables.items():
+            metrics = evaluate_predictions(table, classes, bootstrap=bootstrap, source=name)
+            for part in PARTS:
+                if part not in metrics:
+                    continue
+                own = table[(table["part"] == part) & (table["label"] >= 0)]
+                row: dict[str, Any] = {"task": task, "arm": name, "title": by_arm[name][0].arm.title, "part": part}
+                row |= {
+                    "seeds": len(by_arm[name]),
+                    "folds": own["fold"].nunique(),
+                    "patients": own["case_id"].nunique(),
+                }
+                for metric in RANKING:
+                    found = metrics[part][metric]
+                    row |= {metric: found["estimate"], f"{metric}_low": found["low"], f"{metric}_high": found["high"]}
+                row |= calibration(own, classes)
+                if name != reference and reference in tables:
+                    row |= _advantage(tables[reference][0], table, classes, part, bootstrap, (reference, name))
+                rows.append(row)
+    if not rows:
+        raise InputError(f"{study.out}: expected a finished run, got none; let the study go on")
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def _predictions(cells: Sequence[Cell]) -> tuple[pd.DataFrame, list[str]]:
+    """The predictions of all seeds of an arm as folds of one table, and the classes."""
+    parts, classes = [], Run(cells[0].folder).info.classes
+    for cell in cells:
+        folds = Run(cell.folder).info.num_splits
+        for name in (PREDICTIONS, EXTERNAL):
+            if (cell.folder / name).is_file():
+                table = read_predictions(cell.folder / name)
+                parts.append(table.assign(fold=table["fold"] + cell.seed * folds))
+    return pd.concat(parts, ignore_index=True), classes
+
+
+def _advantage(
+    reference: pd.DataFrame,
+    other: pd.DataFrame,
+    classes: Sequence[str],
+    part: str,
+    bootstrap: int,
+    names: tuple[str, str],
+) -> Mapping[str, float | None]:
+    """AUC of the reference minus that of another arm, over the folds that both have."""
+    both = np.intersect1d(reference.loc[reference["part"] == part, "fold"], other.loc[other["part"] == part, "fold"])
+    if not len(both):
+        return {}
+    a, b = (table[table["fold"].isin(both)] for table in (reference, other))
+    found = paired_difference(a, b, classes, part=part, bootstrap=bootstrap, names=names)
+    return {
+        "difference": found["difference"],
+        "difference_low": found["low"],
+        "difference_high": found["high"],
+    }

@@ -1,0 +1,302 @@
+"""`momkd study`: arms × tasks × seeds of cross-validation, several at once, going on where it was interrupted.
+
+OUT/
+    study.json                  what is studied; the same study goes on in the same folder
+    cohort/                     simulated slides, where none were given
+    splits/TASK/seed_S/         made by case, stratified by the task, anew for each seed (where none were given)
+    external.csv                rows of the labels that were held out
+    runs/TASK/ARM/seed_S/       a run of `momkd train` each
+    results.csv, report.md, index.html, *.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from momkd.data.atomic import make_folder, write_csv, write_json
+from momkd.data.omics import read_omics
+from momkd.data.splits import make_splits, write_splits
+from momkd.data.tables import Labels, read_labels
+from momkd.errors import InputError
+from momkd.evaluate import evaluate_external
+from momkd.experiment import train_run
+from momkd.runs import EXTERNAL, Run
+from momkd.simulate import SimulationConfig, simulate
+from momkd.simulate import semisynthetic as semi
+from momkd.simulate.write import NOTE as SIMULATED
+from momkd.study.arms import Arm
+
+REAL = "Real slides and labels, as given."
+
+
+@dataclass(frozen=True)
+class StudyCohort:
+    """What is studied: files as for `momkd train`, the tasks, and a cohort of other hospitals if there is one.
+
+    Args:
+        features, labels, omics: as for `train_run`; omics None leaves out the arms that learn from expression.
+        tasks: columns of the labels.
+        splits: folder of splits for every seed; None makes them, anew for each seed.
+        external_features, external_labels: of other hospitals, with the same columns of labels.
+        note: what data these are; it stands over every table.
+    """
+
+    features: Path
+    labels: Path
+    tasks: tuple[str, ...]
+    omics: Path | None = None
+    splits: Path | None = None
+    external_features: Path | None = None
+    external_labels: Path | None = None
+    note: str = REAL
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, with its seed and where it lies."""
+
+    task: str
+    arm: Arm
+    seed: int
+    splits: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Study:
+    """A cohort, arms, seeds and the settings that all arms share.
+
+    Args:
+        out: the folder of all.
+        cohort: what is studied.
+        arms: from `momkd.study.arms.choose_arms`; those that need expression are left out where there is none.
+        seeds: repetitions, each with weights, order and (where they are made) splits of its own.
+        folds: of the splits that are made.
+        settings: `section.key=value` for every arm.
+    """
+
+    out: Path
+    cohort: StudyCohort
+    arms: tuple[Arm, ...]
+    seeds: int = 1
+    folds: int = 5
+    settings: tuple[str, ...] = field(default=())
+
+    def cells(self) -> list[Cell]:
+        """Every run, seed by seed, so that an unfinished study compares all arms as early as it can."""
+        return [
+            Cell(task, arm, seed, self.splits(task, seed), self.out / "runs" / task / arm.name / f"seed_{seed}")
+            for seed in range(self.seeds)
+            for task in self.cohort.tasks
+            for arm in self.arms
+            if self.cohort.omics is not None or not arm.omics
+        ]
+
+    def splits(self, task: str, seed: int) -> Path:
+        return self.cohort.splits or self.out / "splits" / task / f"seed_{seed}"
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether a cell has its predictions, of other hospitals too where there are some."""
+        external = self.cohort.external_features is not None and cell.arm.slides
+        return (cell.folder / "metrics.json").is_file() and (not external or (cell.folder / EXTERNAL).is_file())
+
+
+# -- cohorts -----------------------------------------------------------------------------------------------------
+
+
+def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
+    """Slides, labels and expression simulated into `out`, unless they are there."""
+    config = SimulationConfig(**dials)
+    if not _is_there(out, config):
+        simulate(out, config)
+    external = out / "external" if config.external_slides else None
+    return StudyCohort(
+        out / "features",
+        out / "labels.csv",
+        ("label",),
+        out / "omics.csv",
+        external_features=external and external / "features",
+        external_labels=external and external / "labels.csv",
+        note=SIMULATED,
+    )
+
+
+def semisynthetic_cohort(
+    out: Path, omics: Path, labels: Path, tasks: Sequence[str], dials: dict[str, Any], *, site: str | None = None
+) -> StudyCohort:
+    """Slides simulated into `out` from the expression that is given, unless they are there; the labels are real."""
+    config = SimulationConfig(**{"programs": semi.PROGRAMS, **dials})
+    if not _is_there(out, config):
+        try:
+            table = pd.read_csv(labels, dtype=str, keep_default_na=False).set_index("case_id")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{labels}: expected a CSV with a row for each case_id, got {error}; give one row a case"
+            ) from error
+        if repeated := table.index[table.index.duplicated()].tolist():
+            raise InputError(f"{labels}: expected a row for each case_id, got {repeated[0]!r} again; remove one")
+        if missing := [name for name in (*tasks, *([site] if site else [])) if name not in table.columns]:
+            raise InputError(
+                f"{labels}: expected a column {missing[0]!r}, got {', '.join(table.columns)}; name another"
+            )
+        semi.simulate_slides(out, read_omics(omics), table, config, site=site)
+    return StudyCohort(out / "features", out / "labels.csv", tuple(tasks), omics, note=semi.NOTE)
+
+
+def _is_there(out: Path, config: SimulationConfig) -> bool:
+    """Whether these slides have been simulated already."""
+    mark = out / "simulation.json"
+    if not mark.is_file():
+        return False
+    wanted, made = config.as_dict(), json.loads(mark.read_text(encoding="utf-8"))["config"]
+    del wanted["sites"]  # of real hospitals as many as there are
+    if differing := [name for name in wanted if made.get(name) != wanted[name]]:
+        name = differing[0]
+        raise InputError(
+            f"{out}: expected slides simulated with {name}={wanted[name]}, got {name}={made.get(name)}; choose another "
+            "--out or the same dials"
+        )
+    return True
+
+
+def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCohort:
+    """The rows of the labels whose `column` is `value` become the external cohort, the others remain."""
+    table = pd.read_csv(cohort.labels, dtype=str, keep_default_na=False)
+    if column not in table.columns:
+        raise InputError(f"{cohort.labels}: expected a column {column!r}, got {', '.join(table.columns)}; name another")
+    held = table[column] == value
+    if not held.any() or held.all():
+        raise InputError(
+            f"hold-out: expected some rows with {column}={value}, got {int(held.sum())} of {len(table)}; it has "
+            f"{', '.join(sorted(set(table[column]))[:8])}"
+        )
+    make_folder(out)
+    write_csv(out / "internal.csv", table[~held])
+    write_csv(out / "external.csv", table[held])
+    changed = {"labels": out / "internal.csv", "external_labels": out / "external.csv"}
+    return StudyCohort(**{**vars(cohort), **changed, "external_features": cohort.features})
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+def run_study(
+    study: Study, *, jobs: int = 1, device: str | None = None, report: Callable[[Cell, int, int], None] | None = None
+) -> None:
+    """Trains and evaluates every cell that has not been; what was interrupted goes on where it stopped.
+
+    Args:
+        study: what to do.
+        jobs: processes at once; each takes its share of the cores.
+        device: as for `train_run`.
+        report: called after each cell with the cells done and all of them.
+
+    Raises:
+        InputError: anything wrong with the input, of the first cell that finds it; finished cells are kept.
+    """
+    make_folder(study.out)
+    _check_same(study)
+    for task in study.cohort.tasks:
+        labels = read_labels(study.cohort.labels, label=task)
+        for seed in range(study.seeds):
+            _make_splits(study, labels, task, seed)
+    cells = study.cells()
+    left = [cell for cell in cells if not study.finished(cell)]
+    done = len(cells) - len(left)
+    for cell in _finished(study, left, jobs, device):
+        done += 1
+        if report is not None:
+            report(cell, done, len(cells))
+
+
+def _check_same(study: Study) -> None:
+    """Write down what is studied; in a folder of another study, say what differs. Arms and seeds may be added."""
+    facts = {
+        **{
+            name: None if value is None else str(value) for name, value in vars(study.cohort).items() if name != "tasks"
+        },
+        "folds": study.folds,
+        "settings": list(study.settings),
+    }
+    path = study.out / "study.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if differing := [name for name in facts if before.get(name) != facts[name]]:
+            name = differing[0]
+            raise InputError(
+                f"{study.out}: expected a study with {name}={before.get(name)} as it began, got {facts[name]}; go on "
+                "with the same or choose another --out"
+            )
+    write_json(path, {**facts, "arms": {a.name: asdict(a) for a in study.arms}, "seeds": study.seeds})
+
+
+def _make_splits(study: Study, labels: Labels, task: str, seed: int) -> None:
+    folder = study.splits(task, seed)
+    if study.cohort.splits is None and not (folder / "splits_0.csv").is_file():
+        write_splits(folder, make_splits(labels, study.folds, seed))
+
+
+def _finished(study: Study, cells: Sequence[Cell], jobs: int, device: str | None) -> Iterator[Cell]:
+    if jobs == 1 or len(cells) <= 1:
+        for cell in cells:
+            _run_cell(study, cell, device)
+            yield cell
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
+        _threads(threads),
+    ):
+        waiting = {pool.submit(_run_cell, study, cell, device): cell for cell in cells}
+        try:
+            while waiting:
+                ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                    yield waiting.pop(future)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Processes that start meanwhile are told how many threads they may use, before they import anything."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _run_cell(study: Study, cell: Cell, device: str | None) -> None:
+    cohort, arm = study.cohort, cell.arm
+    run = train_run(
+        cohort.features if arm.slides else None,
+        cohort.labels,
+        cell.splits,
+        cell.folder,
+        config=arm.config(study.settings, cell.seed),
+        label=cell.task,
+        omics=cohort.omics if arm.omics else None,
+        resume=True,
+        device=device,
+    )
+    if cohort.external_features is not None and cohort.external_labels is not None and arm.slides:
+        evaluate_external(
+            Run(run.folder), cohort.external_features, cohort.external_labels, label=cell.task, device=device
+        )
