@@ -36,8 +36,8 @@ from momkd.simulate.model import (
 
 NOTE = "Everything here is simulated by momkd: no patient, no slide and no measurement is behind it."
 
-_MARK = "simulation.json"  # a folder without it is never replaced
-_WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", _MARK, "README.txt")
+MARK = "simulation.json"  # a folder without it is never replaced
+_WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", MARK, "README.txt")
 _README = f"""{NOTE}
 Results on it say how software behaves, not how medicine does.
 
@@ -102,7 +102,7 @@ def simulate(
     """
     config = SimulationConfig() if config is None else config
     shown = Path(out)
-    with whole_folder(shown, name="a simulation", mark=_MARK, written=_WRITTEN, overwrite=overwrite) as temporary:
+    with whole_folder(shown, name="a simulation", mark=MARK, written=_WRITTEN, overwrite=overwrite) as temporary:
         _write(temporary, config, progress)
     external = _paths(shown / "external", None, None) if config.external_slides else None
     return _paths(shown, shown / "splits", external)
@@ -136,7 +136,7 @@ def _write(root: Path, config: SimulationConfig, progress: Callable[[int, int], 
         others = draw_cases(config, world, EXTERNAL)
         _write_cohort(root / "external", config, world, EXTERNAL, others, wrote_slide)
     write_text(root / "README.txt", _README)
-    write_json(root / _MARK, {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()})
+    write_json(root / MARK, {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()})
 
 
 def _labels(config: SimulationConfig, cases: list[Case]) -> Labels:
