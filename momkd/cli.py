@@ -167,6 +167,57 @@ def predict(
 
 
 @app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    features: Features,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; an earlier explanation is replaced.")],
+    fold: Annotated[int | None, typer.Option("--fold", help="Whose model; the first if left out.")] = None,
+    slides: Annotated[
+        Path | None, typer.Option("--slides", help="Folder of whole-slide images, for thumbnails: momkd[slides].")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="CSV of labels, to show beside predictions.")] = None,
+    label: Label = None,
+    limit: Annotated[
+        int, typer.Option("--limit", help="Slides with a map: of each predicted class the most certain.")
+    ] = 12,
+    top: Annotated[float, typer.Option("--top", help="Share of patches in a slide's GeoJSON, 1 for all.")] = 0.1,
+    nearest: Annotated[int, typer.Option("--nearest", help="Patches shown of a prototype.")] = 8,
+    per_slide: Annotated[int, typer.Option("--per-slide", help="Of those, at most so many of one slide.")] = 2,
+    patch_size: Annotated[
+        float | None, typer.Option("--patch-size", help="Level-0 pixels of a patch, where features don't say.")
+    ] = None,
+    skip_bad: SkipBad = False,
+    device: Device = None,
+    graphs: Graphs = None,
+) -> None:
+    """Show what a model looks at: maps of attention, also for QuPath, and the patches behind its prototypes."""
+    from momkd.explain import Options, explain_run
+    from momkd.progress import progress_bar
+    from momkd.runs import Run
+
+    with progress_bar(out_console) as bar:
+        task = bar.add_task("explain", total=None)
+        made = explain_run(
+            Run(run),
+            features,
+            out,
+            fold=fold,
+            options=Options(limit, top, nearest, per_slide, patch_size),
+            images=slides,
+            labels=labels,
+            label=label,
+            skip_bad=skip_bad,
+            device=device,
+            graphs=graphs,
+            report=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _say_skipped(made.skipped)
+    for note in made.notes:
+        out_console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True)
+    out_console.print(f"{made.slides} slides seen, {made.maps} mapped: {made.index}", soft_wrap=True)
+
+
+@app.command()
 def splits(
     labels: Annotated[Path, typer.Argument(help="CSV of slide_id, case_id and the label.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for splits_0.csv, ....")],

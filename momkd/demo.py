@@ -29,6 +29,7 @@ from momkd.progress import ConsoleReporter, progress_bar
 from momkd.report import ReportFigure, comparison_table, write_report
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
+from momkd.simulate.write import MARK
 
 ARMS = {"ABMIL": "abmil", "MoMKD": "fast"}
 BASELINE = "ABMIL"
@@ -123,7 +124,7 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
 def _make_room(out: Path) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / "cohort" / "simulation.json").is_file():
+    if not (out / "cohort" / MARK).is_file():
         raise InputError(
             f"{out}: expected a new folder or that of an earlier demo, got other files; choose another --out"
         )

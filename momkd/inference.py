@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from momkd import distributed, env
 from momkd.data.batches import BagLoader, deal
+from momkd.data.cohort import Cohort, open_cohort
 from momkd.errors import InputError
 from momkd.models import MILModel
+from momkd.runs import Run
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -32,6 +36,42 @@ def pick_device(name: str | None = None) -> torch.device:
 def autocast(device: torch.device, on: bool) -> torch.autocast:
     """bfloat16 matrix products on a GPU where `on`; the CPU always computes in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on and device.type == "cuda")
+
+
+def open_slides(
+    run: Run,
+    features: Path | str,
+    device: torch.device,
+    *,
+    skip_bad: bool = False,
+    graphs: Path | str | None = None,
+) -> tuple[Cohort, BagLoader]:
+    """Every slide of a folder or of a packed store, without labels, as the models of a run want them.
+
+    Raises:
+        InputError: a slide that cannot be used; with `skip_bad` it is left out and noted in the cohort.
+    """
+    cohort = open_cohort(
+        features,
+        width=run.info.in_features,
+        skip_bad=skip_bad,
+        source=str(features),
+        neighbours=run.config.model.graph_neighbours,
+        graphs=graphs,
+    )
+    slides, options = list(cohort.paths), run.config.train
+    loader = BagLoader(
+        slides,
+        np.full(len(slides), -1, np.int64),
+        cohort.sizes,
+        cohort.read,
+        slides_per_step=options.slides_per_step,
+        patch_budget=options.patch_budget,
+        pin=device.type == "cuda",
+        graph=cohort.graphs,
+        skipped=cohort.skipped if skip_bad else None,
+    )
+    return cohort, loader
 
 
 def own_batches(loader: BagLoader) -> tuple[list[list[int]], list[int]]:

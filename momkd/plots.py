@@ -1,4 +1,4 @@
-"""Figures: ROC curves, attention maps, training curves.
+"""Figures: ROC curves, attention maps, training curves, prototypes.
 
 Figures are drawn with matplotlib's objects, never through pyplot: nothing global changes, and no display is needed.
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart; line styles repeat the distinction.
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
+from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
 from momkd.bootstrap import Floats
@@ -30,6 +31,7 @@ from momkd.predictions import check_predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_CELLS = 4_000_000  # of an image of the patch grid; more are drawn square by square
 _GREY = "#666666"
@@ -152,6 +154,109 @@ def plot_training(log: pd.DataFrame, path: Path | str, *, title: str | None = No
         _draw_curves(axes, log, names, label)
         if i == len(panels) - 1:
             axes.set_xlabel("Epoch")
+    return _save(figure, path)
+
+
+def plot_slots(
+    usage: ArrayLike, patches: ArrayLike, attention: ArrayLike, classes: Sequence[str], path: Path | str
+) -> Path:
+    """Bars of every slot, a panel a class: its usage in training, and its shares of patches and attention.
+
+    Args:
+        usage: (C, K) of the memory; shown as the share of its class.
+        patches, attention: (C, K) shares of all that lies nearest to a slot, each summing to one.
+        classes: the C class names.
+        path: .png, .pdf or .svg.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the shapes don't fit.
+    """
+    mass, *shares = (np.asarray(each, dtype=np.float64) for each in (usage, patches, attention))
+    if mass.ndim != 2 or len(mass) != len(classes) or any(share.shape != mass.shape for share in shares):
+        came = ", ".join(str(each.shape) for each in (mass, *shares))
+        raise InputError(f"slots: expected three arrays (C, K) and C = {len(classes)} classes, got {came}")
+    count, slots = mass.shape
+    of_class = mass / np.maximum(mass.sum(axis=1, keepdims=True), 1e-30)
+    bars = {"Usage in training, share of its class": of_class, "Share of patches": shares[0]}
+    bars["Share of attention"] = shares[1]
+    figure = Figure(figsize=(7.2, 0.8 + 1.7 * count), dpi=150, layout="constrained", facecolor="white")
+    figure.suptitle("Slots of the memory", x=0.01, ha="left")
+    panels = figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, name, c in zip(panels, classes, range(count), strict=True):
+        for i, (label, values) in enumerate(bars.items()):
+            at = np.arange(slots) + 0.27 * (i - 1)
+            hatch = ("", "///", "")[i]
+            look: dict[str, Any] = {"color": COLOURS[i], "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+            axes.bar(at, 100 * values[c], width=0.27, label=label if c == 0 else None, **look)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_title(_plain(textwrap.shorten(f"Class {name}", 70)), loc="left", fontsize=10)
+        axes.set_ylabel("%")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+    panels[-1].set_xlabel("Slot")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
+    return _save(figure, path)
+
+
+def plot_prototypes(
+    prototypes: ArrayLike,
+    usage: ArrayLike,
+    slides: ArrayLike,
+    slide_classes: ArrayLike,
+    classes: Sequence[str],
+    path: Path | str,
+) -> Path:
+    """Prototypes in the plane of their first two principal components, numbered by slot; slides faint behind them.
+
+    Args:
+        prototypes: (C, K, S) unit vectors.
+        usage: (C, K), the area of their marks.
+        slides: (n, S) unit vectors of slides, n may be 0.
+        slide_classes: (n,) the class that colours each slide, −1 for none.
+        classes: the C class names.
+        path: .png, .pdf or .svg.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: the shapes don't fit.
+    """
+    vectors, mass = np.asarray(prototypes, np.float64), np.asarray(usage, np.float64)
+    others, colours = np.asarray(slides, np.float64), np.asarray(slide_classes, np.int64)
+    if vectors.ndim != 3 or mass.shape != vectors.shape[:2] or len(vectors) != len(classes):
+        raise InputError(f"prototypes: expected (C, K, S) and usage (C, K), got {vectors.shape} and {mass.shape}")
+    if others.shape != (len(colours), vectors.shape[2]):
+        raise InputError(f"prototypes: expected slides (n, {vectors.shape[2]}), got {others.shape}")
+    flat = np.pad(vectors.reshape(-1, vectors.shape[2]), ((0, 0), (0, max(0, 2 - vectors.shape[2]))))
+    pca = PCA(2, svd_solver="full").fit(flat)
+    points = pca.transform(flat).reshape(*mass.shape, 2)
+    figure, axes = _figure(6.4, 5.4)
+    around = pca.transform(np.pad(others, ((0, 0), (0, flat.shape[1] - others.shape[1])))) if len(others) else others
+    for c in np.unique(colours):
+        colour = _GREY if c < 0 else COLOURS[c % len(COLOURS)]
+        here = around[colours == c]
+        axes.scatter(here[:, 0], here[:, 1], s=14, color=colour, alpha=0.25, linewidths=0, zorder=1)
+    area = 110 + 500 * mass / max(mass.max(), 1e-30)
+    for c, name in enumerate(classes):
+        look: dict[str, Any] = {
+            "color": COLOURS[c % len(COLOURS)],
+            "marker": MARKERS[c % len(MARKERS)],
+            "edgecolors": "white",
+        }
+        axes.scatter(points[c, :, 0], points[c, :, 1], s=area[c], linewidths=0.8, zorder=2, **look)
+        axes.scatter([], [], s=110, label=_plain(textwrap.shorten(str(name), 40)), **look)
+        for k, (x, y) in enumerate(points[c]):
+            axes.text(x, y, str(k), color="white", fontsize=7, ha="center", va="center", zorder=3, clip_on=True)
+    shares = np.nan_to_num(pca.explained_variance_ratio_)
+    axes.set(xlabel=f"Component 1 ({shares[0]:.0%} of variance)", ylabel=f"Component 2 ({shares[1]:.0%} of variance)")
+    axes.set_title("Prototypes and slides", loc="left")
+    axes.scatter([], [], s=14, color=_GREY, alpha=0.6, linewidths=0, label="a slide, by class")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     return _save(figure, path)
 
 

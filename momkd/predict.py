@@ -12,14 +12,13 @@ import pandas as pd
 import torch
 
 from momkd.bags import Bags
+from momkd.bootstrap import Floats
 from momkd.data.atomic import make_folder, write_csv
-from momkd.data.batches import BagLoader
-from momkd.data.cohort import open_cohort
 from momkd.data.raw import check_id, one_line
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
-from momkd.inference import autocast, pick_device
+from momkd.inference import autocast, open_slides, pick_device
 from momkd.models import Prediction
 from momkd.runs import Run
 
@@ -62,31 +61,12 @@ def predict_run(
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {bad[0]}")
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
-    cohort = open_cohort(
-        features,
-        width=run.info.in_features,
-        skip_bad=skip_bad,
-        source=str(features),
-        neighbours=run.config.model.graph_neighbours,
-        graphs=graphs,
-    )
-    slides, options = list(cohort.paths), run.config.train
-    loader = BagLoader(
-        slides,
-        np.full(len(slides), -1, np.int64),
-        cohort.sizes,
-        cohort.read,
-        slides_per_step=options.slides_per_step,
-        patch_budget=options.patch_budget,
-        pin=where.type == "cuda",
-        graph=cohort.graphs,
-        skipped=cohort.skipped if skip_bad else None,
-    )
+    cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
     folder = None if attention is None else make_folder(attention)
     rows: list[dict[str, Any]] = []
     for batch in loader.batches(loader.once()):
         bags = batch.bags.to(where, non_blocking=True)
-        with torch.inference_mode(), autocast(where, options.amp):
+        with torch.inference_mode(), autocast(where, run.config.train.amp):
             each = [model(bags) for model in models]
         probs = torch.stack([torch.softmax(p.logits.double(), 1) for p in each]).mean(0).cpu().numpy()
         rows += [
@@ -96,21 +76,19 @@ def predict_run(
         if folder is not None:
             _write_attention(folder, cohort.source, batch.slide_ids, bags, each, used)
         if report is not None:
-            report(len(rows), len(slides))
+            report(len(rows), len(cohort))
     table = pd.DataFrame(rows)
-    table["predicted"] = _decide(run, table, used)
+    predicted = decide(table.iloc[:, 1:].to_numpy(), threshold_of(run, used))
+    table["predicted"] = [run.info.classes[c] for c in predicted]
     write_csv(out, table)
     return table, cohort.skipped
 
 
-def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
-    classes = run.info.classes
-    probs = table[[f"prob_{name}" for name in classes]].to_numpy()
-    if len(classes) > 2:
-        return [classes[c] for c in probs.argmax(1)]
+def threshold_of(run: Run, folds: Sequence[int]) -> float:
+    """The probability from which on folds of a run say the second of two classes: the mean of those that they chose."""
     path = run.folder / "metrics.json"
     chosen = []
-    if path.is_file():
+    if run.num_classes == 2 and path.is_file():
         try:
             known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
             chosen = [float(known[fold]) for fold in folds if known.get(fold) is not None]
@@ -118,8 +96,12 @@ def _decide(run: Run, table: pd.DataFrame, folds: Sequence[int]) -> list[str]:
             raise InputError(
                 f"{path}: expected the metrics of a run, got others ({one_line(error)}); make them with momkd evaluate"
             ) from error
-    threshold = float(np.mean(chosen)) if chosen else 0.5
-    return [classes[int(p >= threshold)] for p in probs[:, 1]]
+    return float(np.mean(chosen)) if chosen else 0.5
+
+
+def decide(probs: Floats, threshold: float) -> list[int]:
+    """Probabilities (n, C) -> the n classes: of two the second from the threshold on, of more the most probable."""
+    return [int(c) for c in (probs.argmax(1) if probs.shape[1] > 2 else probs[:, 1] >= threshold)]
 
 
 def _write_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 import shutil
@@ -15,8 +14,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from momkd import page
 from momkd.bootstrap import METRICS
-from momkd.data.atomic import atomic_write
+from momkd.data.atomic import atomic_write, write_text
 from momkd.errors import InputError
 from momkd.plots import estimate_text, plot_attention, plot_roc, plot_training
 
@@ -38,7 +38,7 @@ _PARTS = {
     "external": "External, mean over folds",
     "external_ensemble": "External, ensemble",
 }
-_IMAGES = {".png": "image/png", ".svg": "image/svg+xml"}
+_FIGURES = (".png", ".svg")
 
 
 class ReportFigure(NamedTuple):
@@ -129,16 +129,16 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        if figure.path.suffix.lower() not in _IMAGES or not figure.path.is_file():
+        if figure.path.suffix.lower() not in _FIGURES or not figure.path.is_file():
             raise InputError(f"{figure.path}: expected a .png or .svg figure for the report, got none; plot it first")
     head, body = _comparison(comparison, differences or {}, baseline)
     remarks = [f"{arm}: {remark}" for arm, metrics in comparison.items() for remark in metrics.get("notes", [])]
     parts = _Content(title, note, list(paragraphs), head, body, _footnote(comparison), remarks)
-    _write(
+    write_text(
         folder / "report.md",
         _markdown(parts, [(_beside(f.path, folder, i), f) for i, f in enumerate(figures, start=1)]),
     )
-    _write(folder / "index.html", _html(parts, figures))
+    write_text(folder / "index.html", _html(parts, figures))
     return folder / "index.html"
 
 
@@ -200,11 +200,6 @@ def _comparison(
     return head, cells
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-
-
 def _beside(path: Path, folder: Path, number: int) -> str:
     """The figure's path relative to the report; one from elsewhere is copied, numbered because names may repeat."""
     path, folder = path.resolve(), folder.resolve()
@@ -237,64 +232,9 @@ def _md(text: str) -> str:
 
 
 def _html(content: _Content, figures: Sequence[ReportFigure]) -> str:
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(f"<{tag}>{html.escape(cell)}</{tag.split()[0]}>" for cell in row)
-
-    title = html.escape(" ".join(content.title.split()))
-    body = [f"<h1>{title}</h1>"]
-    body += (
-        [f'<p class="note" role="note"><strong>Note:</strong> {html.escape(content.note)}</p>'] if content.note else []
-    )
-    body += [f"<p>{html.escape(text)}</p>" for text in content.paragraphs]
-    rows = "\n".join(f"<tr>{cells('th scope=row', r[:1])}{cells('td', r[1:])}</tr>" for r in content.body)
-    caption = f"<caption>{html.escape(content.footnote)}</caption>" if content.footnote else ""
-    head = f"<thead><tr>{cells('th scope=col', content.head)}</tr></thead>"
-    body.append(f'<div class="wide"><table>{caption}{head}\n<tbody>\n{rows}\n</tbody></table></div>')
-    if content.remarks:
-        body.append("<ul>" + "".join(f"<li>{html.escape(remark)}</li>" for remark in content.remarks) + "</ul>")
-    body += [_html_figure(figure) for figure in figures]
-    return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
-
-
-def _html_figure(figure: ReportFigure) -> str:
-    data = base64.b64encode(figure.path.read_bytes()).decode("ascii")
-    source = f"data:{_IMAGES[figure.path.suffix.lower()]};base64,{data}"
-    caption = html.escape(figure.caption)
-    return f'<figure><img src="{source}" alt="{html.escape(figure.alt)}"><figcaption>{caption}</figcaption></figure>'
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --ink: #1c1c1c; --paper: #ffffff; --line: #d5d5d5; --note: #fff4d6; --edge: #b36b00; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #17181a; --line: #45484d; --note: #3a2e10; --edge: #f0b14a; }
-}
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
-.note { background: var(--note); border-left: 4px solid var(--edge); padding: .75rem 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; padding-top: .5rem; font-size: .875rem; }
-th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-figure { margin: 2rem 0; }
-img { max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
-figcaption { font-size: .875rem; }
-"""
+    body = [page.note(content.note)] if content.note else []
+    body += [page.paragraph(text) for text in content.paragraphs]
+    body.append(page.table(content.head, content.body, content.footnote))
+    body += [page.items(content.remarks)] if content.remarks else []
+    body += [page.figure(*figure) for figure in figures]
+    return page.page(content.title, body)

@@ -25,7 +25,7 @@ SIDE = {"data", "metrics", "bootstrap", "plots", "predictions", "config"}
 BACKENDS = {"reference", "kernels", "native", "cuda", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
-    *("train", "evaluate", "predict", "simulate", "demo", "report", "study"),
+    *("train", "evaluate", "predict", "explain", "simulate", "demo", "report", "page", "study"),
     *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
@@ -183,6 +183,7 @@ def test_heavy_libraries_stay_in_their_rooms() -> None:
         **dict.fromkeys(("h5py", "pandas", "matplotlib", "sklearn"), SIDE | USERS | {"cli"}),
         "scipy": SIDE | USERS | {"cli", "graph"},
         **dict.fromkeys(("rich", "typer"), USERS | {"cli"}),
+        "openslide": {"explain"},
         "torchmil": set[str](),  # other projects are told by the layout of their models, and never imported
         "eva": set[str](),
         "trident": set[str](),

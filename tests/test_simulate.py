@@ -23,6 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import momkd
+from momkd.data import folders
 from momkd.data.slides import find_slides, read_slide, write_trident
 from momkd.data.splits import check_splits, read_splits
 from momkd.data.tables import read_labels
@@ -130,7 +131,7 @@ def test_it_says_that_it_is_simulated(cohort: SimulatedCohort) -> None:
     assert SimulationConfig(**told["config"]) == SMALL
     assert "no patient" in (cohort.root / "README.txt").read_text()
     written = {p.name for p in cohort.root.iterdir()}
-    assert written == set(write._WRITTEN)
+    assert written == set(write.WRITTEN)
     for name in written - {"README.txt"}:
         assert name in (cohort.root / "README.txt").read_text()
     assert [p.name for p in cohort.root.parent.iterdir()] == ["cohort"], "nothing is left beside it"
@@ -286,7 +287,7 @@ def test_the_old_cohort_comes_back_when_the_new_one_cannot_take_its_place(
 ) -> None:
     out, small = tmp_path / "out", replace(SMALL, external_slides=0, patches=20, features=8)
     simulate(out, small)
-    before, rename, calls = files(out), write.os.rename, []
+    before, rename, calls = files(out), folders.os.rename, []
 
     def second_fails(source: object, target: object) -> None:
         calls.append(target)
@@ -294,7 +295,7 @@ def test_the_old_cohort_comes_back_when_the_new_one_cannot_take_its_place(
             raise OSError(16, "Device or resource busy")
         rename(source, target)
 
-    monkeypatch.setattr(write.os, "rename", second_fails)
+    monkeypatch.setattr(folders.os, "rename", second_fails)
     with pytest.raises(InputError, match="cannot write it: Device or resource busy; choose a new folder inside it"):
         simulate(out, replace(small, seed=9), overwrite=True)
     assert files(out) == before

@@ -9,6 +9,8 @@ Source: MoMKD, CVPR 2026 (arXiv 2602.21395).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,21 @@ from momkd.nn.pooling import attention_of
 from momkd.reference.segments import bag_index
 
 ROWS = ("slide", "patch", "attention")
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where B slides with N patches in all lie among the prototypes.
+
+    Attributes:
+        prediction: as `MoMKD.forward` gives it.
+        patches: (N, S) float32 unit vectors; cosines with the prototypes are what guides the attention.
+        slides: (B, H, S) float32 unit vectors, of what each of the H branches pooled.
+    """
+
+    prediction: Prediction
+    patches: Tensor
+    slides: Tensor
 
 
 class MoMKD(MILModel):
@@ -227,6 +244,20 @@ class MoMKD(MILModel):
         pooled, _, attention, slots = self._pooled(bags)
         return Prediction(self.classifier(pooled), attention.detach(), slots)
 
+    @torch.no_grad()
+    def project(self, bags: Bags) -> Projections:
+        """The prediction, and the projections of patches and pooled slides that it came by; without gradient.
+
+        Example:
+            >>> model = momkd.models.MoMKD(32, projection_features=8).eval()
+            >>> found = model.project(momkd.Bags.from_list([torch.randn(70, 32), torch.randn(500, 32)]))
+            >>> found.patches.shape, found.slides.shape
+            (torch.Size([570, 8]), torch.Size([2, 1, 8]))
+        """
+        pooled, z, attention, slots = self._pooled(bags)
+        slides = _unit((self.slide_projector or self.patch_projector)(pooled))
+        return Projections(Prediction(self.classifier(pooled), attention, slots), z, slides)
+
 
 def _unit(x: Tensor) -> Tensor:
-    return nn.functional.normalize(x.float(), dim=1, eps=1e-12)
+    return nn.functional.normalize(x.float(), dim=-1, eps=1e-12)

@@ -1,16 +1,11 @@
 """A simulated cohort as files: what `momkd simulate` leaves on the disk.
 
-Everything is written into a hidden folder beside the target, which takes the target's name at the very end. So a run
-that is killed or a disk that fills up leaves no cohort that looks whole and is not.
+The folder is whole or absent, see `momkd.data.folders`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +16,10 @@ import pandas as pd
 
 import momkd
 from momkd.data.atomic import write_json, write_text
+from momkd.data.folders import whole_folder
 from momkd.data.slides import write_trident
 from momkd.data.splits import make_splits, write_splits
 from momkd.data.tables import Labels
-from momkd.errors import InputError
 from momkd.simulate.config import SimulationConfig
 from momkd.simulate.model import (
     EXTERNAL,
@@ -42,7 +37,7 @@ from momkd.simulate.model import (
 NOTE = "Everything here is simulated by momkd: no patient, no slide and no measurement is behind it."
 
 MARK = "simulation.json"  # a folder without it is never replaced
-_WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", MARK, "README.txt")
+WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", MARK, "README.txt")
 _README = f"""{NOTE}
 Results on it say how software behaves, not how medicine does.
 
@@ -54,14 +49,6 @@ instances.csv    the truth about every patch: slide_id, row in the features, typ
 external/        the same from other hospitals, without splits (where it was asked for)
 simulation.json  the version of momkd and every dial; the same dials give the same cohort
 """
-_REMEDIES = {
-    errno.ENOSPC: "free some space or choose another folder",
-    errno.EDQUOT: "free some of your quota or choose another folder",
-    errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
-    errno.EBUSY: "choose a new folder inside it",
-    errno.EXDEV: "choose a new folder inside it",
-    errno.ENAMETOOLONG: "give a shorter name",
-}
 
 
 @dataclass(frozen=True)
@@ -113,32 +100,12 @@ def simulate(
         >>> cohort.labels.name, len(list(cohort.features.iterdir()))
         ('labels.csv', 40)
     """
-    config, shown = SimulationConfig() if config is None else config, Path(out)
-    with written_whole(shown, overwrite) as temporary:
+    config = SimulationConfig() if config is None else config
+    shown = Path(out)
+    with whole_folder(shown, name="a simulation", mark=MARK, written=WRITTEN, overwrite=overwrite) as temporary:
         _write(temporary, config, progress)
     external = _paths(shown / "external", None, None) if config.external_slides else None
     return _paths(shown, shown / "splits", external)
-
-
-@contextlib.contextmanager
-def written_whole(shown: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write a simulation into, which takes the place of `shown` at the end of the block, or never."""
-    target = Path(os.path.realpath(shown))
-    _check_target(shown, target, overwrite)
-    temporary = _beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _check_target(shown, target, overwrite)  # it took a while
-        _put_in_place(temporary, target)
-    except InputError as error:
-        raise InputError(str(error).replace(str(temporary), str(shown))) from error
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, "choose a folder that you may write to")
-        raise InputError(f"{shown}: cannot write it: {error.strerror or error}; {remedy}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # it is gone after the rename
 
 
 def _paths(root: Path, splits: Path | None, external: SimulatedCohort | None) -> SimulatedCohort:
@@ -214,48 +181,3 @@ def _csv(path: Path, header: str) -> Iterator[TextIO]:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(header + "\n")
         yield file
-
-
-# -- the folder --------------------------------------------------------------------------------------------------
-
-
-def _check_target(shown: Path, target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{shown}: expected a new or an empty folder, got a file; choose another name")
-    if not target.is_dir():
-        return
-    here = Path.cwd()
-    if target == here or target in here.parents:
-        raise InputError(f"{shown}: expected a new folder, got one that you are in; name one inside it")
-    found = sorted(path.name for path in target.iterdir())
-    if not found:
-        return
-    if MARK not in found:
-        raise InputError(f"{shown}: expected a new or an empty folder, got {found[0]!r} in it; choose another folder")
-    if not overwrite:
-        raise InputError(
-            f"{shown}: expected a new or an empty folder, got a simulation; choose another folder or set overwrite"
-        )
-    if others := [name for name in found if name not in _WRITTEN]:
-        raise InputError(
-            f"{shown}: expected nothing but a simulation to overwrite, got also {others[0]!r}; move it elsewhere"
-        )
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.tmp"
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """`temporary` becomes `target`; what was there comes back if that fails, and is deleted if it does not."""
-    if not target.exists():
-        os.rename(temporary, target)
-        return
-    old = _beside(target)
-    os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)  # the new one is there, whatever becomes of this

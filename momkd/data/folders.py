@@ -1,0 +1,101 @@
+"""Folders that are either whole or absent: filled under a hidden name beside the target, then renamed.
+
+So a process that is killed or a disk that fills up leaves no folder that looks whole and is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from momkd.errors import InputError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some of your quota or choose another folder",
+    errno.EFBIG: "raise the file size limit (ulimit -f) or choose another folder",
+    errno.EBUSY: "choose a new folder inside it",
+    errno.EXDEV: "choose a new folder inside it",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+@contextlib.contextmanager
+def whole_folder(
+    out: Path | str, *, name: str, mark: str, written: Collection[str], overwrite: bool = False
+) -> Iterator[Path]:
+    """Yields a hidden folder to fill, which at the end becomes `out`, or on any exception disappears.
+
+    Args:
+        out: the folder to make; an empty one is taken too.
+        name: what it will be, for messages: "a simulation".
+        mark: a file that only such a folder has; one without it is never replaced.
+        written: every name that can stand in such a folder; one that holds more is not replaced.
+        overwrite: replace an earlier folder of this kind.
+
+    Raises:
+        InputError: the folder holds something else, cannot be written or is full.
+    """
+    shown, target = Path(out), Path(os.path.realpath(out))
+    _check_target(shown, target, name, mark, written, overwrite)
+    temporary = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _check_target(shown, target, name, mark, written, overwrite)  # it took a while
+        _put_in_place(temporary, target)
+    except InputError as error:
+        raise InputError(str(error).replace(str(temporary), str(shown))) from error
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "choose a folder that you may write to")
+        raise InputError(f"{shown}: cannot write it: {error.strerror or error}; {remedy}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # it is gone after the rename
+
+
+def _check_target(shown: Path, target: Path, name: str, mark: str, written: Collection[str], overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{shown}: expected a new or an empty folder, got a file; choose another name")
+    if not target.is_dir():
+        return
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise InputError(f"{shown}: expected a new folder, got one that you are in; name one inside it")
+    found = sorted(path.name for path in target.iterdir())
+    if not found:
+        return
+    if mark not in found:
+        raise InputError(f"{shown}: expected a new or an empty folder, got {found[0]!r} in it; choose another folder")
+    if not overwrite:
+        raise InputError(
+            f"{shown}: expected a new or an empty folder, got {name}; choose another folder or set overwrite"
+        )
+    if others := [other for other in found if other not in written]:
+        raise InputError(
+            f"{shown}: expected nothing but {name} to overwrite, got also {others[0]!r}; move it elsewhere"
+        )
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.tmp"
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """`temporary` becomes `target`; what was there comes back if that fails, and is deleted if it does not."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = _beside(target)
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)  # the new one is there, whatever becomes of this

@@ -1,0 +1,116 @@
+"""One model of a run over a cohort of slides: what every step of an explanation needs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momkd.data.batches import BagLoader
+from momkd.data.cohort import Cohort
+from momkd.errors import InputError
+from momkd.explain.look import SlideView, look
+from momkd.models import MILModel
+from momkd.predict import threshold_of
+from momkd.runs import Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much is shown.
+
+    Attributes:
+        limit: slides with a map: of every predicted class in turn, the most certain first.
+        top: share of a slide's patches in its GeoJSON, those of the highest attention; 1 for all.
+        nearest: patches of a prototype.
+        per_slide: of those, at most so many of one slide.
+        patch_size: side of a patch in level-0 pixels, for features that don't say.
+    """
+
+    limit: int = 12
+    top: float = 0.1
+    nearest: int = 8
+    per_slide: int = 2
+    patch_size: float | None = None
+
+    def check(self) -> None:
+        """Raises InputError for what is out of range."""
+        for name, good, wanted in (
+            ("limit", self.limit >= 0, "0 or more"),
+            ("top", 0 < self.top <= 1, "a share over 0, and at most 1"),
+            ("nearest", self.nearest >= 1, "1 or more"),
+            ("per-slide", self.per_slide >= 1, "1 or more"),
+            ("patch-size", self.patch_size is None or 0 < self.patch_size < math.inf, "a positive number"),
+        ):
+            if not good:
+                raise InputError(f"--{name}: expected {wanted}, got {getattr(self, name.replace('-', '_'))}")
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The model of a fold, and the slides.
+
+    Attributes:
+        prototypes: (C, K, S) of `unit_prototypes`; None for a model without a memory.
+        notes: what a reader must know; grows.
+    """
+
+    run: Run
+    fold: int
+    model: MILModel
+    prototypes: Tensor | None
+    cohort: Cohort
+    loader: BagLoader
+    device: torch.device
+    options: Options
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.run.info.classes
+
+    @property
+    def branches(self) -> bool:
+        """Whether each class has an attention of its own: where it was asked for, and where a memory guides C > 2."""
+        model = self.run.config.model
+        guided = model.kind == "momkd" and model.pooling == "memory" and len(self.classes) > 2
+        return model.branch == "per_class" or guided
+
+    @property
+    def slots(self) -> int:
+        """K, or 0 without a memory."""
+        return 0 if self.prototypes is None else self.prototypes.shape[1]
+
+    @property
+    def names(self) -> list[str]:
+        """What each prototype p = c · K + k is called."""
+        return [f"{name}, slot {k}" for name in self.classes for k in range(self.slots)]
+
+    def look(self, plan: Sequence[Sequence[int]], most: int = 0) -> Iterator[SlideView]:
+        """The slides of a plan of the loader; of each prototype `most` patches a slide."""
+        return look(
+            self.model,
+            self.loader,
+            plan,
+            self.device,
+            amp=self.run.config.train.amp,
+            threshold=threshold_of(self.run, [self.fold]),
+            prototypes=self.prototypes,
+            most=most,
+        )
+
+    def patch_size(self, slide_id: str, attrs: Mapping[str, Any]) -> float | None:
+        """Side of a patch in level-0 pixels, or None where nobody says. Raises InputError where it is no number."""
+        size = attrs.get("patch_size_level0", self.options.patch_size)
+        if size is None:
+            return None
+        with contextlib.suppress(TypeError, ValueError):
+            if 0 < float(size) < math.inf:
+                return float(size)
+        name = self.cohort.source.name(slide_id)
+        raise InputError(f"{name}: patch_size_level0: expected a positive number, got {size}; extract it again")
