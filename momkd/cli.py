@@ -346,6 +346,81 @@ def demo(
 
 
 @app.command()
+def study(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the study; the same goes on there.")] = Path("study"),
+    features: SomeFeatures = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="CSV of slide_id, case_id and labels; without slides of case_id.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="Column that is a task; may be repeated.")] = None,
+    omics: Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")] = None,
+    splits: Annotated[Path | None, typer.Option("--splits", help="Folder of splits; else made for each seed.")] = None,
+    external_features: Annotated[Path | None, typer.Option("--external-features", help="Slides of others.")] = None,
+    external_labels: Annotated[Path | None, typer.Option("--external-labels", help="Their labels.")] = None,
+    hold_out: Annotated[
+        str | None, typer.Option("--hold-out", help="COLUMN=VALUE of the labels: those rows are the external cohort.")
+    ] = None,
+    site: Annotated[str | None, typer.Option("--site", help="Column of hospitals, to simulate slides.")] = None,
+    dial: Annotated[
+        list[str] | None, typer.Option("--dial", help="name=value of momkd simulate, where slides are simulated.")
+    ] = None,
+    arms: Annotated[str | None, typer.Option("--arms", help="Comma-separated; else all; see --list.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", help="NAME=section.key=value,...: one more variant of MoMKD.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions.")] = 3,
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Of the splits that are made.")] = 5,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value for every arm.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
+    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
+    device: Device = None,
+    list_: Annotated[bool, typer.Option("--list", help="Say what the arms are, and do nothing.")] = False,
+) -> None:
+    """Compare ways to learn from slides and genomics, by cross-validation over seeds, and write a report.
+
+    Without --features the slides are simulated: from the expression in --omics where it is given, else all of it is.
+    """
+    from momkd.progress import progress_bar
+    from momkd.study import ARMS, choose_arms, run_study, study_results, study_table, write_study_report
+    from momkd.study.command import study_of
+
+    if list_:
+        for known in ARMS.values():
+            out_console.print(f"{known.name:18} {known.title}", soft_wrap=True)
+        return
+    planned = study_of(
+        out,
+        choose_arms(None if arms is None else arms.split(","), arm or ()),
+        features=features,
+        labels=labels,
+        tasks=label or (),
+        omics=omics,
+        splits=splits,
+        external=(external_features, external_labels),
+        held_out=hold_out,
+        site=site,
+        dials=dial or (),
+        seeds=seeds,
+        folds=folds,
+        settings=set_ or (),
+    )
+    out_console.print(f"[bold]{escape(planned.cohort.note)}[/bold]", soft_wrap=True)
+    with progress_bar(out_console) as bar:
+        task = bar.add_task("study", total=len(planned.cells()))
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            bar.console.print(f"{done}/{total} {escape(name)}", soft_wrap=True)
+
+        run_study(planned, jobs=jobs, device=device, report=show)
+    results = study_results(planned, bootstrap=bootstrap)
+    report = write_study_report(planned, results)
+    for name in planned.cohort.tasks:
+        out_console.print(study_table(results, name))
+    out_console.print(f"Report: {report}", soft_wrap=True)
+
+
+@app.command()
 def doctor(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say which backend runs each op here, and why the others can't."""
     import json

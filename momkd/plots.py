@@ -1,4 +1,4 @@
-"""Figures: ROC curves, attention maps, training curves, prototypes.
+"""Figures: ROC curves, intervals, attention maps, training curves, prototypes.
 
 Figures are drawn with matplotlib's objects, never through pyplot: nothing global changes, and no display is needed.
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart; line styles repeat the distinction.
@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
@@ -154,6 +155,72 @@ def plot_training(log: pd.DataFrame, path: Path | str, *, title: str | None = No
         _draw_curves(axes, log, names, label)
         if i == len(panels) - 1:
             axes.set_xlabel("Epoch")
+    return _save(figure, path)
+
+
+def plot_intervals(
+    panels: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]],
+    path: Path | str,
+    *,
+    label: str,
+    zero: bool = False,
+    title: str | None = None,
+) -> Path:
+    """Estimates with their intervals, one line an arm, a panel beside a panel.
+
+    Args:
+        panels: {panel: {arm: {series: {"estimate", "low", "high"}}}}; the arms of all panels are the lines.
+        path: .png, .pdf or .svg.
+        label: of the horizontal axis.
+        zero: draw the line of no difference.
+        title: above the figure.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: no estimate in any panel.
+    """
+    arms = list(dict.fromkeys(arm for lines in panels.values() for arm in lines))
+    series = list(dict.fromkeys(s for lines in panels.values() for found in lines.values() for s in found))
+    if not arms or not series:
+        raise InputError(f"{path}: expected estimates to plot, got none; wait for a run to finish")
+    labels = [_plain(textwrap.fill(arm, 40)) for arm in arms]
+    heights = np.array([max(label.count("\n") + 1, len(series) / 1.5) for label in labels])
+    at = dict(zip(arms, np.cumsum(heights) - heights / 2, strict=True))  # the middle of each line, from above
+    figure = Figure(
+        figsize=(3.4 + 2.6 * len(panels), 1.4 + 0.24 * heights.sum()), dpi=150, layout="constrained", facecolor="white"
+    )
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for ax, (panel, lines) in zip(axes, panels.items(), strict=True):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(_plain(panel), fontsize=10)
+        ax.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+        ax.set_axisbelow(True)
+        if zero:
+            ax.axvline(0, color=_GREY, linewidth=1)
+        for n, name in enumerate(series):
+            shift = 0.5 * (n - (len(series) - 1) / 2)
+            for arm, found in lines.items():
+                value = found.get(name, {})
+                middle, low, high = (value.get(key) for key in ("estimate", "low", "high"))
+                if middle is None:
+                    continue
+                colour, y = COLOURS[n % len(COLOURS)], at[arm] + shift
+                if low is not None and high is not None:
+                    ax.plot([low, high], [y, y], color=colour, linewidth=1.6)
+                ax.plot(middle, y, color=colour, marker=MARKERS[n % len(MARKERS)], markersize=5, linestyle="")
+        ax.set_xlabel(_plain(label))
+    axes[0].set_yticks([at[arm] for arm in arms], labels)
+    axes[0].set_ylim(heights.sum() + 0.2, -0.2)
+    if len(series) > 1:
+        marks = [
+            Line2D([], [], color=COLOURS[n % len(COLOURS)], marker=MARKERS[n % len(MARKERS)], label=_plain(name))
+            for n, name in enumerate(series)
+        ]
+        figure.legend(handles=marks, loc="outside lower right", frameon=False, fontsize=9, ncols=len(series))
+    if title:
+        figure.suptitle(_plain(title), fontsize=11)
     return _save(figure, path)
 
 

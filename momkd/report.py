@@ -24,6 +24,8 @@ __all__ = [
     "ReportFigure",
     "comparison_table",
     "estimate_text",
+    "markdown_table",
+    "markdown_text",
     "metrics_table",
     "plot_attention",
     "plot_roc",
@@ -212,21 +214,26 @@ def _beside(path: Path, folder: Path, number: int) -> str:
 
 
 def _markdown(content: _Content, figures: Sequence[tuple[str, ReportFigure]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    blocks = [f"# {_md(content.title)}"]
-    blocks += [f"> **Note:** {_md(content.note)}"] if content.note else []
-    blocks += [_md(text) for text in content.paragraphs]
-    rows = [list(map(_md, content.head)), ["---"] * len(content.head), *(list(map(_md, r)) for r in content.body)]
-    blocks.append("\n".join(map(line, rows)))
-    blocks += [_md(content.footnote)] if content.footnote else []
-    blocks += ["\n".join(f"- {_md(remark)}" for remark in content.remarks)] if content.remarks else []
-    blocks += [f"![{_md(figure.alt)}]({quote(path)})\n\n{_md(figure.caption)}" for path, figure in figures]
+    blocks = [f"# {markdown_text(content.title)}"]
+    blocks += [f"> **Note:** {markdown_text(content.note)}"] if content.note else []
+    blocks += [markdown_text(text) for text in content.paragraphs]
+    blocks.append(markdown_table(content.head, content.body))
+    blocks += [markdown_text(content.footnote)] if content.footnote else []
+    blocks += ["\n".join(f"- {markdown_text(remark)}" for remark in content.remarks)] if content.remarks else []
+    blocks += [
+        f"![{markdown_text(figure.alt)}]({quote(path)})\n\n{markdown_text(figure.caption)}" for path, figure in figures
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
-def _md(text: str) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table whose cells are text."""
+    rows = [list(map(markdown_text, row)) for row in (head, *body)]
+    rows.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 

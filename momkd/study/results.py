@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from momkd.errors import InputError
@@ -34,8 +33,8 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
 
     Returns:
         Columns task, arm, title, part ("test" or "external"), seeds, folds, patients; auc and auprc, each with _low and
-        _high; ece, brier; difference, difference_low, difference_high: AUC of the reference minus that of the arm, of
-        the seeds that both have.
+        _high; ece, brier; difference, difference_low, difference_high: AUC of the reference minus that of the arm, on
+        the slides that both predicted.
 
     Raises:
         InputError: no cell is finished.
@@ -68,8 +67,8 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
                 rows.append(row)
     if not rows:
         raise InputError(f"{study.out}: expected a finished run, got none; let the study go on")
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    results: pd.DataFrame = pd.DataFrame(rows)
+    return results
 
 
 def _predictions(cells: Sequence[Cell]) -> tuple[pd.DataFrame, list[str]]:
@@ -92,11 +91,12 @@ def _advantage(
     bootstrap: int,
     names: tuple[str, str],
 ) -> Mapping[str, float | None]:
-    """AUC of the reference minus that of another arm, over the folds that both have."""
-    both = np.intersect1d(reference.loc[reference["part"] == part, "fold"], other.loc[other["part"] == part, "fold"])
-    if not len(both):
+    """AUC of the reference minus that of another arm, on the slides that both predicted."""
+    keys = ["fold", "part", "slide_id"]
+    both = reference[keys].merge(other[keys])
+    if not (both["part"] == part).any():
         return {}
-    a, b = (table[table["fold"].isin(both)] for table in (reference, other))
+    a, b = reference.merge(both), other.merge(both)
     found = paired_difference(a, b, classes, part=part, bootstrap=bootstrap, names=names)
     return {
         "difference": found["difference"],

@@ -192,7 +192,7 @@ def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCo
 
 
 def run_study(
-    study: Study, *, jobs: int = 1, device: str | None = None, report: Callable[[Cell, int, int], None] | None = None
+    study: Study, *, jobs: int = 1, device: str | None = None, report: Callable[[str, int, int], None] | None = None
 ) -> None:
     """Trains and evaluates every cell that has not been; what was interrupted goes on where it stopped.
 
@@ -200,7 +200,7 @@ def run_study(
         study: what to do.
         jobs: processes at once; each takes its share of the cores.
         device: as for `train_run`.
-        report: called after each cell with the cells done and all of them.
+        report: called after each cell with its name, the cells done and all of them.
 
     Raises:
         InputError: anything wrong with the input, of the first cell that finds it; finished cells are kept.
@@ -217,7 +217,7 @@ def run_study(
     for cell in _finished(study, left, jobs, device):
         done += 1
         if report is not None:
-            report(cell, done, len(cells))
+            report(f"{cell.task} {cell.arm.name} seed {cell.seed}", done, len(cells))
 
 
 def _check_same(study: Study) -> None:

@@ -1,0 +1,74 @@
+"""What the options of `momkd study` mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from momkd.data.tables import read_labels
+from momkd.errors import InputError
+from momkd.simulate import SimulationConfig
+from momkd.study.arms import Arm
+from momkd.study.run import Study, StudyCohort, hold_out, semisynthetic_cohort, simulated_cohort
+
+
+def study_of(
+    out: Path,
+    arms: Sequence[Arm],
+    *,
+    features: Path | None,
+    labels: Path | None,
+    tasks: Sequence[str],
+    omics: Path | None,
+    splits: Path | None,
+    external: tuple[Path | None, Path | None],
+    held_out: str | None,
+    site: str | None,
+    dials: Sequence[str],
+    seeds: int,
+    folds: int,
+    settings: Sequence[str],
+) -> Study:
+    """A study of the slides that are given, or of simulated ones, which are made here. Raises InputError."""
+    if features is None and (labels is None) != (omics is None):
+        raise InputError("study: expected --labels and --omics to simulate slides from expression, got one; give both")
+    if features is not None and labels is None:
+        raise InputError("study: expected --labels with --features, got none; give the CSV of slide_id and labels")
+    if features is not None and dials:
+        raise InputError("study: expected --dial where slides are simulated, got it with --features; leave one out")
+    if (external[0] is None) != (external[1] is None):
+        raise InputError("study: expected --external-features and --external-labels together, got one; give both")
+    if held_out is not None and (external[0] is not None or splits is not None):
+        raise InputError("study: expected --hold-out alone, got also --external-features or --splits; choose one")
+    turned = _dials(dials)
+    if features is not None and labels is not None:
+        named = tuple(tasks) or (read_labels(labels).name,)
+        cohort = StudyCohort(features, labels, named, omics, splits, *external)
+    elif omics is not None and labels is not None:
+        if not tasks:
+            raise InputError("study: expected --label, the columns that are tasks, got none; name one or more")
+        cohort = semisynthetic_cohort(out / "cohort", omics, labels, tasks, turned, site=site)
+    else:
+        cohort = simulated_cohort(out / "cohort", turned)
+    if held_out is not None:
+        column, equals, value = held_out.partition("=")
+        if not equals:
+            raise InputError(f"hold-out: expected COLUMN=VALUE such as site=A2, got {held_out!r}")
+        cohort = hold_out(cohort, out, column, value)
+    return Study(out, cohort, tuple(arms), seeds, folds, tuple(settings))
+
+
+def _dials(texts: Sequence[str]) -> dict[str, Any]:
+    """name=value of the simulation, as the type of its default."""
+    kinds = {name: type(default) for name, default, _, _ in SimulationConfig.dials()}
+    dials: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise InputError(f"dial: expected name=value with one of {', '.join(kinds)}, got {text!r}")
+        try:
+            dials[name] = kinds[name](value)
+        except ValueError as error:
+            raise InputError(f"dial: expected {name} as {kinds[name].__name__}, got {value!r}") from error
+    return dials

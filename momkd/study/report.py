@@ -1,0 +1,124 @@
+"""The tables and plots of a study: results.csv, report.md and index.html, which loads nothing from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from momkd import page
+from momkd.data.atomic import write_csv, write_text
+from momkd.plots import estimate_text, plot_intervals
+from momkd.report import markdown_table, markdown_text
+from momkd.study.arms import REFERENCE
+from momkd.study.run import Study
+
+_PARTS = {"test": "Internal test (cross-validation)", "external": "External cohort"}
+
+
+class _Section(NamedTuple):
+    """A table of one task."""
+
+    title: str
+    head: list[str]
+    body: list[list[str]]
+
+
+def write_study_report(study: Study, results: pd.DataFrame, *, reference: str = REFERENCE) -> Path:
+    """Writes results.csv, report.md, index.html and their figures into the study's folder; returns index.html.
+
+    Args:
+        study: as it was run.
+        results: of `study_results`.
+        reference: as there.
+    """
+    write_csv(study.out / "results.csv", results)
+    figures = [
+        (
+            plot_intervals(_panels(results, "auc"), study.out / "auc.png", label="AUC"),
+            "AUC of every arm: mean over folds and seeds, with 95 % intervals over patients.",
+        )
+    ]
+    if "difference" in results and results["difference"].notna().any():
+        name = results.loc[results["arm"] == reference, "title"].iloc[0]
+        text = f"AUC of “{name}” minus that of every other arm, on the same patients, with 95 % intervals."
+        panels = _panels(results[results["difference"].notna()], "difference")
+        label = "Difference in AUC (right: the reference is better)"
+        figures.append((plot_intervals(panels, study.out / "difference.png", label=label, zero=True), text))
+    sections, told = _sections(results, reference), _conditions(study, results)
+    title = "Study of distillation arms"
+    blocks = [f"# {title}", f"> **Note:** {markdown_text(study.cohort.note)}", *map(markdown_text, told)]
+    for section in sections:
+        blocks += [f"## {markdown_text(section.title)}", markdown_table(section.head, section.body)]
+    blocks += [f"![{markdown_text(text)}]({path.name})\n\n{markdown_text(text)}" for path, text in figures]
+    write_text(study.out / "report.md", "\n\n".join(blocks) + "\n")
+    body = [page.note(study.cohort.note), *map(page.paragraph, told)]
+    for section in sections:
+        body += [f"<h2>{page.text(section.title)}</h2>", page.table(section.head, section.body)]
+    body += [page.figure(path, text, text) for path, text in figures]
+    write_text(study.out / "index.html", page.page(title, body))
+    return study.out / "index.html"
+
+
+def study_table(results: pd.DataFrame, task: str, reference: str = REFERENCE) -> Table:
+    """The internal test of one task for the terminal; the interval stands beneath its estimate."""
+    section = next(s for s in _sections(results[results["task"] == task], reference))
+    table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE)
+    table.add_column(section.head[0], overflow="fold", max_width=34)
+    shown = range(1, min(4, len(section.head)))
+    cells = [[row[i].replace(" (", "\n(") for i in shown] for row in section.body]
+    for n, i in enumerate(shown):
+        width = max(len(line) for row in cells for line in row[n].split("\n"))
+        table.add_column(Text(section.head[i]), min_width=width)
+    for row, own in zip(section.body, cells, strict=True):
+        table.add_row(row[0], *map(Text, own))
+    return table
+
+
+def _conditions(study: Study, results: pd.DataFrame) -> list[str]:
+    seeds, settings = int(results["seeds"].max()), ", ".join(study.settings)
+    splits = "as given" if study.cohort.splits else "made by case, stratified by the task, anew for each seed"
+    told = [
+        f"{seeds} seeds; splits {splits}. Every arm is trained by the same loop"
+        + (f", with {settings}." if settings else ", with the defaults of its preset."),
+        "In brackets: 95 % intervals from resampling patients, jointly for all folds and seeds. ECE and Brier score "
+        "are of the probabilities as they come from class-balanced training, not recalibrated.",
+    ]
+    if study.cohort.external_labels is not None:
+        told.append("The external cohort is predicted from slides alone; no arm saw any of it.")
+    return told
+
+
+def _sections(results: pd.DataFrame, reference: str) -> list[_Section]:
+    sections = []
+    for (task, part), rows in results.groupby(["task", "part"], sort=False):
+        compared = "difference" in rows and rows["difference"].notna().any()
+        head = ["Arm", "AUC", *(["AUC of the reference minus that"] if compared else []), "AUPRC", "ECE", "Brier"]
+        body = []
+        for row in rows.to_dict("records"):
+            cells = [str(row["title"]), estimate_text(_value(row, "auc"))]
+            if compared:
+                is_reference = row["arm"] == reference
+                cells.append("reference" if is_reference else estimate_text(_value(row, "difference"), sign=True))
+            body.append([*cells, estimate_text(_value(row, "auprc")), f"{row['ece']:.3f}", f"{row['brier']:.3f}"])
+        sections.append(_Section(f"{task}: {_PARTS[str(part)]}, {int(rows['patients'].max())} patients", head, body))
+    return sorted(sections, key=lambda s: _PARTS["external"] in s.title)
+
+
+def _panels(results: pd.DataFrame, metric: str) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+    panels: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
+    for row in results.to_dict("records"):
+        lines = panels.setdefault(str(row["task"]), {})
+        lines.setdefault(str(row["title"]), {})[_PARTS[str(row["part"])]] = _value(row, metric)
+    return panels
+
+
+def _value(row: dict[Any, Any], metric: str) -> dict[str, float | None]:
+    """Estimate and interval of a row of the results."""
+    keys: Sequence[tuple[str, str]] = (("estimate", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high"))
+    return {key: None if pd.isna(row.get(name)) else float(row[name]) for key, name in keys}
