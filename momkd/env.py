@@ -9,11 +9,14 @@ MOMKD_RANK_TIMEOUT: seconds after which a rank of a distributed training gives u
 TRITON_INTERPRET: Triton's own; with 1 its kernels run in Python on the CPU, slowly, to look at their numbers.
 WORLD_SIZE, RANK, LOCAL_RANK: as torchrun sets them for each process (torch reads more of them).
 SLURM_JOB_ID: as SLURM sets it, and keeps it when it puts a job into the queue again.
+OMP_NUM_THREADS and the like: set for the processes that a study starts (`child_threads`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from momkd.errors import InputError
@@ -67,6 +70,22 @@ def rank_timeout() -> int:
 def slurm_job() -> str | None:
     """SLURM_JOB_ID, or None outside of SLURM."""
     return os.environ.get("SLURM_JOB_ID", "").strip() or None
+
+
+@contextmanager
+def child_threads(count: int) -> Iterator[None]:
+    """Processes that start inside the block are told to use so many threads, before they import anything."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(count)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _switched_on(name: str) -> bool:

@@ -64,8 +64,8 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
         ("memory.momentum=1.5", "memory.momentum: expected a number from 0 to 1, got 1.5"),
         ("memory.momentum=nan", "memory.momentum: expected a number from 0 to 1, got nan"),
         ("train.balanced=maybe", "train.balanced: expected true or false, got 'maybe'"),
-        ("model.pooling=gate", "model.pooling: expected memory or gated, got 'gate'; did you mean 'gated'?"),
-        ("model.pooling=[1]", r"model.pooling: expected memory or gated, got [1]"),
+        ("model.pooling=gate", "model.pooling: expected memory or gated or both, got 'gate'; did you mean 'gated'?"),
+        ("model.pooling=[1]", r"model.pooling: expected memory or gated or both, got [1]"),
     ],
 )
 def test_wrong_settings(setting: str, message: str) -> None:

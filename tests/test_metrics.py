@@ -476,3 +476,33 @@ def test_attention_auc_by_hand() -> None:
 def test_attention_auc_refuses(scores: list[float], truth: list[int]) -> None:
     with pytest.raises(InputError, match="attention: expected"):
         attention_auc(scores, truth)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand_and_by_scikit_learn() -> None:
+    from sklearn.metrics import brier_score_loss
+
+    from momkd.metrics import calibration
+
+    rng = np.random.default_rng(0)
+    p, y = rng.random(400), rng.integers(0, 2, 400)
+    table = pd.DataFrame({"fold": np.repeat([0, 1], 200), "label": y, "prob_a": 1 - p, "prob_b": p})
+    found = calibration(table, ["a", "b"])
+    folds = [slice(0, 200), slice(200, 400)]
+    assert found["brier"] == pytest.approx(np.mean([brier_score_loss(y[f], p[f]) for f in folds]))
+    want = []
+    for f in folds:
+        confidence, right = np.maximum(p[f], 1 - p[f]), (p[f] >= 0.5) == y[f]
+        bins = np.minimum((confidence * 10).astype(int), 9)
+        want.append(
+            sum(abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+        )
+    assert found["ece"] == pytest.approx(np.mean(want))
+    sure = pd.DataFrame(
+        {"fold": 0, "label": [0, 1, 2], "prob_a": [1.0, 0, 0], "prob_b": [0, 1.0, 0], "prob_c": [0, 0, 1.0]}
+    )
+    assert calibration(sure, ["a", "b", "c"]) == {"ece": 0.0, "brier": 0.0}
+    wrong = sure.assign(label=[1, 2, 0])
+    assert calibration(wrong, ["a", "b", "c"]) == {"ece": 1.0, "brier": 2.0}

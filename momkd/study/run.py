@@ -12,10 +12,8 @@ OUT/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from momkd import env
 from momkd.data.atomic import make_folder, write_csv, write_json
 from momkd.data.omics import read_omics
 from momkd.data.splits import make_splits, write_splits
@@ -256,7 +255,7 @@ def _finished(study: Study, cells: Sequence[Cell], jobs: int, device: str | None
     threads = max(1, torch.get_num_threads() // jobs)
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
-        _threads(threads),
+        env.child_threads(threads),
     ):
         waiting = {pool.submit(_run_cell, study, cell, device): cell for cell in cells}
         try:
@@ -268,19 +267,6 @@ def _finished(study: Study, cells: Sequence[Cell], jobs: int, device: str | None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    """Processes that start meanwhile are told how many threads they may use, before they import anything."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, str(threads)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _run_cell(study: Study, cell: Cell, device: str | None) -> None:

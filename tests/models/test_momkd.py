@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import momkd
-from momkd.models import ABMIL, MoMKD, OmicsClassifier
+from momkd.models import ABMIL, BatchDistillation, MoMKD, OmicsClassifier
 from momkd.models.base import MemoryRows
 from momkd.models.reservoir import Reservoir
 
@@ -31,7 +31,7 @@ def batch() -> tuple[momkd.Bags, Tensor]:
     return momkd.Bags.from_list([torch.randn(n, L) for n in SIZES]), torch.randn(len(SIZES), G)
 
 
-def reached(model: MoMKD, name: str) -> set[str]:
+def reached(model: momkd.models.MILModel, name: str) -> set[str]:
     """Parts of the model whose parameters a term of the loss moves."""
     model.zero_grad(set_to_none=True)
     bags, omics = batch()
@@ -45,7 +45,7 @@ TOWER = {"genomics.encoder", "genomics.decoder", "genomics.projector"}
 
 
 @pytest.mark.parametrize("rows", ["slide", "patch", "attention"])
-@pytest.mark.parametrize("pooling", ["memory", "gated"])
+@pytest.mark.parametrize("pooling", ["memory", "gated", "both"])
 def test_momentum_keeps_the_modalities_apart(rows: str, pooling: str) -> None:
     model = make(rows=rows, pooling=pooling, shared_projector=False)
     for name in ("classification", "memory", "soft_angle_slide"):
@@ -54,6 +54,67 @@ def test_momentum_keeps_the_modalities_apart(rows: str, pooling: str) -> None:
     assert reached(model, "soft_angle_omics") == {"genomics.encoder", "genomics.projector"}
     assert reached(model, "reconstruction") == {"genomics.encoder", "genomics.decoder"}
     assert not any(n.startswith("memory") for n, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("update", ["momentum", "gradient"])
+def test_the_taught_assignment_reaches_histology_alone(update: str) -> None:
+    model = make(update=update, assignment_tau=10.0, shared_projector=False)
+    assert reached(model, "assignment") == {"encoder", "patch_projector", "slide_projector", "pool"}
+
+
+def test_coupled_losses_cross() -> None:
+    model = make(coupled=True, shared_projector=False)
+    bags, omics = batch()
+    assert "soft_angle_omics" not in model.training_step(bags, LABELS, omics, HAS_OMICS).losses
+    crossed = {"encoder", "patch_projector", "slide_projector", "pool", "genomics.encoder", "genomics.projector"}
+    assert reached(model, "soft_angle_slide") == crossed
+
+
+def distiller(**options: object) -> BatchDistillation:
+    torch.manual_seed(0)
+    small = {"hidden_features": D, "gate_features": 8, "projection_features": S, "omics_embedding": 16}
+    return BatchDistillation(L, omics_features=G, omics_hidden=16, **small, **options).eval()
+
+
+@pytest.mark.parametrize("match", ["mse", "contrastive"])
+def test_distillation_inside_a_batch(match: str) -> None:
+    """By definition, over the slides that have a profile; features are matched to a target without gradient."""
+    model, (bags, omics) = distiller(match=match), batch()
+    losses = model.training_step(bags, LABELS, omics, HAS_OMICS).losses
+    assert set(losses) == {"classification", "teacher", "reconstruction", "alignment"}
+    pooled = model._pooled(bags)[0][HAS_OMICS]
+    unit = torch.nn.functional.normalize
+    slide = unit(model.genomics["slide_projector"](pooled.mean(1)), dim=1).double()
+    genomic = model.genomics["tower"](omics[HAS_OMICS])[0].double()
+    if match == "mse":
+        want = (slide - genomic).square().sum(1).mean()
+    else:
+        target, cosines = torch.arange(len(slide)), slide @ genomic.T / 0.1
+        cross = torch.nn.functional.cross_entropy
+        want = (cross(cosines, target) + cross(cosines.T, target)) / 2
+    torch.testing.assert_close(losses["alignment"].double(), want, rtol=1e-5, atol=1e-6)
+    both = {"encoder", "pool", "genomics.slide_projector"} | ({"genomics.tower"} if match == "contrastive" else set())
+    assert reached(model, "alignment") == both
+    assert reached(model, "teacher") == {"genomics.tower", "genomics.classifier"}
+    blank = torch.where(HAS_OMICS[:, None], omics, torch.full_like(omics, torch.nan))
+    again = model.training_step(bags, LABELS, blank, HAS_OMICS).losses
+    for name, loss in losses.items():
+        assert torch.equal(loss, again[name]), name
+    none = model.training_step(bags, LABELS, blank, torch.zeros_like(HAS_OMICS)).losses
+    assert none["alignment"] == none["teacher"] == none["reconstruction"] == 0
+    sum(none.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_distillation_predicts_from_slides_alone() -> None:
+    trained, (bags, _) = distiller(), batch()
+    alone = BatchDistillation(L, hidden_features=D, gate_features=8, projection_features=S).eval()
+    state = {name: value for name, value in trained.state_dict().items() if not name.startswith("genomics.")}
+    alone.load_state_dict(state)
+    assert torch.equal(alone(bags).logits, trained(bags).logits)
+    assert set(alone.training_step(bags, LABELS).losses) == {"classification"}
+    with pytest.raises(ValueError, match="match: expected 'mse' or 'contrastive', got 'cka'"):
+        BatchDistillation(L, match="cka")
 
 
 def test_gradient_memory_is_reached_as_published() -> None:
@@ -115,7 +176,17 @@ def test_inference_needs_no_tower_and_gives_the_same() -> None:
     assert not any("genomics" in name for name in slide_only.state_dict())
 
 
-@pytest.mark.parametrize("model", [make(), make(branch="per_class"), make(num_classes=3), ABMIL(L, 2).eval()])
+@pytest.mark.parametrize(
+    "model",
+    [
+        make(),
+        make(branch="per_class"),
+        make(num_classes=3),
+        make(pooling="both"),
+        make(pooling="both", num_classes=3),
+        ABMIL(L, 2).eval(),
+    ],
+)
 def test_a_batch_says_the_same_as_its_slides_alone(model: momkd.models.MILModel) -> None:
     bags, _ = batch()
     together = model(bags)
@@ -141,7 +212,7 @@ def test_features_of_another_type_or_width() -> None:
     ("options", "message"),
     [
         ({"encoder": "resnet"}, "encoder: expected 'mlp' or 'identity' or 'gatv2', got 'resnet'"),
-        ({"pooling": "mean"}, "pooling: expected 'memory' or 'gated', got 'mean'"),
+        ({"pooling": "mean"}, "pooling: expected 'memory' or 'gated' or 'both', got 'mean'"),
         ({"rows": "bag"}, "rows: expected 'slide' or 'patch' or 'attention', got 'bag'"),
         ({"update": "adam"}, "update: expected 'momentum' or 'gradient', got 'adam'"),
         ({"num_classes": 1}, "expected num_classes >= 2"),

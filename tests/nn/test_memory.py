@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import momkd
 from momkd import Bags
 from momkd import functional as F
 from momkd.nn import MemoryBank, MemoryGuidedPool, SoftAngleLoss
@@ -349,3 +350,65 @@ def test_update_by_the_sums_of_several(weighted: bool) -> None:
     torch.testing.assert_close(bank.usage, whole.usage, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="reseed_below: expected None where reduce is given"):
         bank.update_(z, row_class, momentum=0.9, reduce=reduce, reseed_below=0.1)
+
+
+# -- gate and memory together ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("classes", "branch"), [(2, "positive"), (2, "per_class"), (3, "per_class")])
+def test_scores_of_gate_and_memory_add(classes: int, branch: str) -> None:
+    """Against the definition in float64, with an empty bag and one of one patch; no gradient reaches the memory."""
+    torch.manual_seed(0)
+    bags = momkd.Bags.from_list([torch.randn(n, 12) for n in (5, 0, 1, 70)])
+    z = torch.randn(76, 8, requires_grad=True)
+    bank = momkd.nn.MemoryBank(classes, 3, 8, update="gradient")
+    with torch.no_grad():
+        bank.memory.normal_()
+    pool = momkd.nn.GatedMemoryPool(12, 6, 1 if branch == "positive" else classes, 0.3, branch=branch)
+    pooled, attention, slots = pool(z, bags, bank.memory)
+    unit = torch.nn.functional.normalize
+    cosines = torch.einsum("ns,cks->nck", unit(z.double(), dim=1), unit(bank.memory.double(), dim=-1))
+    s, nearest = cosines.max(2)
+    others = torch.stack([torch.cat([s[:, :c], s[:, c + 1 :]], 1).amax(1) for c in range(classes)], 1)
+    score = s - others
+    score = score[:, 1:] if branch == "positive" else score
+    x, gate = bags.features.double(), pool.gate.double()
+    hidden = torch.tanh(gate.attention_v(x)) * torch.sigmoid(gate.attention_u(x))
+    score = gate.attention_w(hidden) + score / pool.temperature.double()
+    assert torch.equal(slots.long(), nearest)
+    for b, (start, end) in enumerate([(0, 5), (5, 5), (5, 6), (6, 76)]):
+        alpha = torch.softmax(score[start:end], 0)
+        torch.testing.assert_close(pooled[b].double(), alpha.T @ x[start:end], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attention[start:end].double(), alpha, rtol=1e-5, atol=1e-6)
+    pool.float()
+    pool(z, bags, bank.memory)[0].square().sum().backward()
+    assert bank.memory.grad is None
+    assert z.grad is not None
+    assert bool((z.grad != 0).any())
+    assert pool.gate.attention_v.weight.grad is not None
+
+
+@pytest.mark.parametrize("update", ["momentum", "gradient"])
+def test_assignment_loss(update: str) -> None:
+    torch.manual_seed(0)
+    bank = momkd.nn.MemoryBank(2, 3, 8, update=update)
+    with torch.no_grad():
+        bank.memory.normal_()
+    z, target = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    counted = torch.tensor([True, True, False, True, True])
+    loss = bank.assignment_loss(z, target, counted, tau=4.0)
+    unit = torch.nn.functional.normalize
+    slots = unit(bank.memory.detach().double().reshape(6, 8), dim=1)
+    p, q = (torch.softmax(4 * unit(rows.detach().double(), dim=1) @ slots.T, 1) for rows in (z, target))
+    want = (q * (q / p).log()).sum(1)[counted].mean()
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
+    loss.backward()
+    assert target.grad is None
+    assert not isinstance(bank.memory, torch.nn.Parameter) or bank.memory.grad is None
+    assert z.grad is not None
+    assert torch.equal(z.grad[2], torch.zeros(8))
+    assert bool((z.grad[counted] != 0).any(1).all())
+    same = bank.assignment_loss(target, target, counted, tau=4.0)
+    assert same.abs() < 1e-6
+    nothing = bank.assignment_loss(z * torch.nan, target, torch.zeros(5, dtype=torch.bool), tau=4.0)
+    assert nothing == 0
