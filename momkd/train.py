@@ -131,9 +131,8 @@ class Trainer:
         distributed.check_same(self.model.state_dict(), "weights before training")
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             torch.manual_seed(_mixed(self.options.seed, self.epoch, distributed.rank()))  # of dropout
-            if self.epoch == self.warmup:
-                self._fill_memory()
-            self.log.append({"epoch": self.epoch, **self._train_epoch(), **self._validate()})
+            slots = self._prepare_memory()
+            self.log.append({"epoch": self.epoch, **slots, **self._train_epoch(), **self._validate()})
             self._judge(self.log[-1]["val_auc"], self.log[-1]["val_loss"])
             self.epoch += 1
             distributed.check_same(self.model.state_dict(), f"weights after epoch {self.epoch}")
@@ -252,6 +251,21 @@ class Trainer:
             threshold=options.reseed_below,
             generator=self.draws,
         )
+
+    def _prepare_memory(self) -> dict[str, float]:
+        """Before an epoch: fill the memory at the end of the warm-up, later give it the K it asks for. For the log."""
+        memory, labels = self.model.memory, self.training.labels
+        if self.epoch == self.warmup:
+            self._fill_memory()
+        if memory is None or not memory.adaptive:
+            return {}
+        if self.epoch > self.warmup:
+            counts = np.bincount(labels[labels >= 0])
+            wanted = memory.wanted_slots(int(counts[counts > 0].min(initial=len(labels))))
+            draws = torch.Generator().manual_seed(_mixed(self.options.seed, self.epoch, 0, 2))
+            if wanted != memory.slots:
+                memory.resize_(wanted, generator=draws)
+        return {"slots": memory.slots}
 
     @torch.no_grad()
     def _fill_memory(self) -> None:
