@@ -165,7 +165,8 @@ class MemoryBank(nn.Module):
         usage = self.usage.detach().cpu().double()
         total = usage.sum(1, keepdim=True)
         share = torch.where(total > 0, usage / total, torch.full_like(usage, 1.0 / self.slots))
-        return torch.special.entr(share).sum(1).exp()
+        effective: Tensor = torch.special.entr(share).sum(1).exp()
+        return effective
 
     def wanted_slots(self, slides: int) -> int:
         """The K that usage asks for: a quarter more slots, a quarter fewer, or as many as there are.
