@@ -2,8 +2,9 @@
 
 An epoch draws class-balanced ragged batches; for each the weighted terms of the loss, backward, clip, step; then the
 memory moves by what these slides bring to it. Then validation: its AUC drives the learning rate, early stopping and the
-choice of the epoch that is kept. Everything follows from the seed and the number of the epoch, so on the CPU a run that
-was interrupted and resumed ends with the same bits as one that was not.
+choice of the epoch that is kept. Between epochs an adaptive memory is given the K that its usage asks for. Everything
+follows from the seed and the number of the epoch, so on the CPU a run that was interrupted and resumed ends with the
+same bits as one that was not.
 
 Several ranks (`momkd.distributed`) share every batch by patches; a mean of the loss is over the rows of all of them,
 and the memory moves by the sums of all. So a run is the same, but for rounding and dropout, on any number of ranks.

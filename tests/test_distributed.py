@@ -231,14 +231,8 @@ def test_dropout_is_each_ranks_own_and_reseeding_is_of_all(tmp_path: Path) -> No
     assert not torch.equal(ends[0]["state"]["memory.memory"], trained("fast", settings)["state"]["memory.memory"])
 
 
-def test_an_adaptive_memory_is_the_same_on_all(tmp_path: Path) -> None:
-    settings = ["train.epochs=4", "memory.slots=7", "memory.adaptive=true"]
-    ends = alike(tmp_path, 2, preset="fast", settings=settings)
-    assert [row["slots"] for row in ends[0]["log"]] == [7, 7, 6, 5]
-
-
 def test_an_adaptive_memory_grows_alike_on_all(tmp_path: Path) -> None:
-    """More slots are drawn at random; the draws are the same on all ranks though their dropout is not."""
+    """The slots that split off are drawn the same on all ranks, though their dropout is not."""
     ends = alike(
         tmp_path, 2, preset="fast", settings=["train.epochs=4", "memory.slots=1", "memory.adaptive=true"], n=48
     )

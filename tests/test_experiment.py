@@ -236,12 +236,12 @@ def test_a_run_of_an_adaptive_memory_is_read_with_its_own_slots(
     assert log["slots"].iloc[0] == 20
     assert (adaptive.fold(0) / "genomics.safetensors").is_file()
     external = tiny_cohort.external
-    table, skipped = predict_run(adaptive.folder, external.features, tmp_path / "p.csv", attention=tmp_path / "a")
+    table, skipped = predict_run(adaptive, external.features, tmp_path / "p.csv", attention=tmp_path / "a")
     assert not skipped
     assert table.filter(like="prob_").notna().all(axis=None)
     with h5py.File(next((tmp_path / "a").glob("*.h5"))) as file:
         assert 0 <= file["slots"][:].min() <= file["slots"][:].max() < model.memory.slots
-    evaluate_external(adaptive.folder, features=external.features, labels=external.labels, bootstrap=20)
+    assert evaluate_external(adaptive, external.features, external.labels) == {}
 
 
 @pytest.mark.parametrize("slots", [3, 31, 256])
