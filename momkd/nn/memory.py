@@ -160,8 +160,11 @@ class MemoryBank(nn.Module):
     # -- how many slots ------------------------------------------------------------------------------------------
 
     def effective_slots(self) -> Tensor:
-        """exp of the entropy of the usage of each class (C,) float64 on the CPU: K where all slots are used alike, 1
-        where one takes everything. A class that nothing has used has K. Waits for the device."""
+        """exp of the entropy of the usage of each class: K where all slots are used alike, 1 where one takes all.
+
+        Returns:
+            (C,) float64 on the CPU; K for a class that nothing has used. Waits for the device.
+        """
         usage = self.usage.detach().cpu().double()
         total = usage.sum(1, keepdim=True)
         share = torch.where(total > 0, usage / total, torch.full_like(usage, 1.0 / self.slots))
@@ -180,12 +183,12 @@ class MemoryBank(nn.Module):
             slides: that the smallest class trains on.
         """
         slots, effective = self.slots, self.effective_slots()
-        step, most = max(1, slots // 4), slots * SLIDES_PER_SLOT
+        step, enough = max(1, slots // 4), slots * SLIDES_PER_SLOT
         even, idle = bool((effective >= EVEN * slots).all()), bool((effective <= UNEVEN * slots).all())
-        if slides < most or idle:
+        if slides < enough or idle:
             least = 2 if idle else max(2, slides // SLIDES_PER_SLOT)
             return min(slots, max(least, slots - step))
-        if even and slides >= 2 * most:
+        if even and slides >= 2 * enough:
             return max(slots, min(MOST_SLOTS, slots + step))
         return slots
 
@@ -224,8 +227,10 @@ class MemoryBank(nn.Module):
         self.memory, self.usage = memory.to(device), usage.to(device)
 
     def shapes_in(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, tuple[int, ...]]:
-        """Shapes that the memory's tensors in a state must have: its own, or with the K there of an adaptive memory, 1
-        to 256 (or what this one has)."""
+        """Shapes that the memory's tensors in a state must have, by their names there.
+
+        Its own; but an adaptive memory takes the K that it finds, from 1 to 256 or to its own where that is more.
+        """
         classes, slots, features = self.memory.shape
         held = state.get(f"{prefix}memory")
         if self.adaptive and held is not None and held.ndim == 3 and 1 <= held.shape[1] <= max(slots, MOST_SLOTS):

@@ -266,7 +266,7 @@ EVENLY, ONE = [1.0] * 8, [1.0] + [0.0] * 7
         ((EVENLY, ONE), 1000, 8),  # one class needs all of them
         ((ONE, ONE), 1000, 6),
         ((ONE, ONE), 63, 6),  # for both reasons
-        (([1.0] * 4 + [0.0] * 4, [1.0] * 4 + [0.0] * 4), 1000, 6),  # half of them
+        (([1.0] * 3 + [0.9] + [0.0] * 4, ONE), 1000, 6),  # not quite four
         (([1.0] * 5 + [0.0] * 3, ONE), 1000, 8),  # one class between the bounds
         (([1.0] * 7 + [0.0], EVENLY), 128, 10),
         (([1.0] * 6 + [0.0] * 2, EVENLY), 128, 8),
@@ -337,13 +337,13 @@ def test_the_child_takes_rows_of_its_parent() -> None:
 
 
 def test_the_least_used_slots_are_dropped() -> None:
-    bank = using([1.0, 5, 2, 4, 3], [3, 3, 0.5, 3, 1])
+    bank = using([1.0, 3, 2, 4, 5], [3, 3, 0.5, 3, 1])
     memory = bank.memory.clone()
     heir = memory[0, [1, 3, 4]] @ memory[0, [0, 2]].T
     bank.resize_(3)
     assert torch.equal(bank.memory[0], memory[0, [1, 3, 4]]), "in their order, with their bits"
     assert torch.equal(bank.memory[1], memory[1, [0, 1, 3]])
-    want = [5.0, 4.0, 3.0]
+    want = [3.0, 4.0, 5.0]
     for usage, slot in zip((1, 2), heir.argmax(0).tolist(), strict=True):
         want[slot] += usage
     assert bank.usage[0].tolist() == want
