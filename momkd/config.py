@@ -80,6 +80,7 @@ class MemoryConfig:
     reservoir: int = _number(4096, 1, 10_000_000, "rows of a class kept for that, at most")
     coupled: bool = _switch(False, "one soft-angle loss of both modalities' mean: gradients cross. For ablation")
     reseed_below: float | None = _number(None, 0, 1, "usage under which a slot is given a row of its class")
+    adaptive: bool = _switch(False, "slots grow and shrink each epoch, by usage and slides a slot; wants momentum")
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,11 @@ class Config:
     def __post_init__(self) -> None:
         for key, value, meta, kind in self._options():
             _check(key, value, meta, kind)
+        if self.memory.adaptive and self.memory.update != "momentum":
+            raise InputError(
+                f"memory.adaptive: expected memory.update = momentum beside it, got {self.memory.update!r}; "
+                "set one of them otherwise"
+            )
 
     @classmethod
     def preset(cls, name: str) -> Config:
@@ -166,15 +172,15 @@ class Config:
         return (base or cls())._replaced(table, source)
 
     def with_settings(self, settings: Sequence[str]) -> Config:
-        """Apply `section.key=value`, the later ones over the earlier; a value is read as the option's type."""
-        config = self
+        """Apply `section.key=value` at once, the later ones over the earlier; a value is read as the option's type."""
+        table: dict[str, dict[str, Any]] = {}
         for setting in settings:
             key, equals, text = setting.partition("=")
             section, dot, name = key.strip().partition(".")
             if not equals or not dot:
                 raise InputError(f"--set: expected section.key=value such as memory.momentum=0.995, got {setting!r}")
-            config = config._replaced({section: {name: _parsed(text.strip())}}, "--set")
-        return config
+            table.setdefault(section, {})[name] = _parsed(text.strip())
+        return self._replaced(table, "--set")
 
     def to_toml(self) -> str:
         """Every option that is set, with its meaning as a comment; `from_toml` reads it back."""

@@ -33,6 +33,7 @@ from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
+from momkd.nn import MemoryBank
 
 PREDICTIONS = "predictions.csv"
 EXTERNAL = "predictions_external.csv"
@@ -91,6 +92,7 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         shared_projector=model.shared_projector,
         slots=memory.slots,
         update="gradient" if memory.update == "gradient" else "momentum",
+        adaptive=memory.adaptive,
         rows=memory.rows,
         rho=memory.rho,
         temperature=model.temperature,
@@ -251,16 +253,20 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raises InputError for the first tensor that is missing, unknown or of another shape."""
+    """Raises InputError for the first tensor that is missing, unknown or of another shape.
+
+    An adaptive memory may have any K.
+    """
     other = "it belongs to another configuration: use the config.toml beside it"
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, MemoryBank):
+            wanted |= module.shapes_in(state, f"{name}.")
+    for name, shape in wanted.items():
         if name not in state:
-            raise InputError(f"{source}: expected a tensor {name!r} {tuple(tensor.shape)}, got none; {other}")
-        if state[name].shape != tensor.shape:
-            raise InputError(
-                f"{source}: {name}: expected {tuple(tensor.shape)}, got {tuple(state[name].shape)}; {other}"
-            )
+            raise InputError(f"{source}: expected a tensor {name!r} {shape}, got none; {other}")
+        if state[name].shape != shape:
+            raise InputError(f"{source}: {name}: expected {shape}, got {tuple(state[name].shape)}; {other}")
     if extra := [name for name in state if name not in wanted]:
         raise InputError(f"{source}: expected no tensor {extra[0]!r}, got {tuple(state[extra[0]].shape)}; {other}")
 

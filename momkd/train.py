@@ -2,8 +2,9 @@
 
 An epoch draws class-balanced ragged batches; for each the weighted terms of the loss, backward, clip, step; then the
 memory moves by what these slides bring to it. Then validation: its AUC drives the learning rate, early stopping and the
-choice of the epoch that is kept. Everything follows from the seed and the number of the epoch, so on the CPU a run that
-was interrupted and resumed ends with the same bits as one that was not.
+choice of the epoch that is kept. Between epochs an adaptive memory is given the K that its usage asks for. Everything
+follows from the seed and the number of the epoch, so on the CPU a run that was interrupted and resumed ends with the
+same bits as one that was not.
 
 Several ranks (`momkd.distributed`) share every batch by patches; a mean of the loss is over the rows of all of them,
 and the memory moves by the sums of all. So a run is the same, but for rounding and dropout, on any number of ranks.
@@ -131,9 +132,8 @@ class Trainer:
         distributed.check_same(self.model.state_dict(), "weights before training")
         while self.epoch < self.options.epochs and self.waited < self.options.patience:
             torch.manual_seed(_mixed(self.options.seed, self.epoch, distributed.rank()))  # of dropout
-            if self.epoch == self.warmup:
-                self._fill_memory()
-            self.log.append({"epoch": self.epoch, **self._train_epoch(), **self._validate()})
+            slots = self._prepare_memory()
+            self.log.append({"epoch": self.epoch, **slots, **self._train_epoch(), **self._validate()})
             self._judge(self.log[-1]["val_auc"], self.log[-1]["val_loss"])
             self.epoch += 1
             distributed.check_same(self.model.state_dict(), f"weights after epoch {self.epoch}")
@@ -252,6 +252,21 @@ class Trainer:
             threshold=options.reseed_below,
             generator=self.draws,
         )
+
+    def _prepare_memory(self) -> dict[str, float]:
+        """Before an epoch: fill the memory at the end of the warm-up, later give it the K it asks for. For the log."""
+        memory, labels = self.model.memory, self.training.labels
+        if self.epoch == self.warmup:
+            self._fill_memory()
+        if memory is None or not memory.adaptive:
+            return {}
+        if self.epoch > self.warmup:
+            counts = np.bincount(labels[labels >= 0])
+            wanted = memory.wanted_slots(int(counts[counts > 0].min(initial=len(labels))))
+            draws = torch.Generator().manual_seed(_mixed(self.options.seed, self.epoch, 0, 2))
+            if wanted != memory.slots:
+                memory.resize_(wanted, generator=draws)
+        return {"slots": memory.slots}
 
     @torch.no_grad()
     def _fill_memory(self) -> None:

@@ -62,6 +62,7 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
         ("train.epochs=true", "train.epochs: expected a whole number from 1 to 100000, got True"),
         ("train.epochs=none", "train.epochs: expected a whole number from 1 to 100000, got None"),
         ("memory.momentum=1.5", "memory.momentum: expected a number from 0 to 1, got 1.5"),
+        ("memory.adaptive=1", "memory.adaptive: expected true or false, got 1"),
         ("memory.momentum=nan", "memory.momentum: expected a number from 0 to 1, got nan"),
         ("train.balanced=maybe", "train.balanced: expected true or false, got 'maybe'"),
         ("model.pooling=gate", "model.pooling: expected memory or gated or both, got 'gate'; did you mean 'gated'?"),
@@ -73,6 +74,17 @@ def test_wrong_settings(setting: str, message: str) -> None:
         Config().with_settings([setting])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("update", ["gradient", "fixed"])
+def test_only_a_memory_moved_by_momentum_is_adaptive(update: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'[memory]\nupdate = "{update}"\n', encoding="utf-8")
+    other = read_config(path)
+    with pytest.raises(InputError, match=rf"memory.adaptive: expected memory.update = momentum .*, got '{update}'; "):
+        other.with_settings(["memory.adaptive=true"])
+    assert other.with_settings(["memory.adaptive=true", "memory.update=momentum"]).memory.adaptive
+    assert not Config().memory.adaptive
 
 
 def test_wrong_files(tmp_path: Path) -> None:

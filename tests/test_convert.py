@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -71,6 +72,20 @@ def test_a_run_to_a_checkpoint_and_back_predicts_the_same(
     x = torch.from_numpy(read_slide(path).features).float()
     prob = torch.softmax(momkd_reference.infer(model, x, edge_index=edge_index)["logits"], 1)[0, 1]
     assert float(prob) == pytest.approx(one.set_index("slide_id").loc[slide, "prob_1"], abs=1e-5)
+
+
+def test_an_adaptive_memory_is_converted_with_the_slots_of_its_file(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    text = config.read_text(encoding="utf-8").replace("slots = 16", "slots = 5")
+    config.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"memory.memory: expected \(2, 5, 64\), got \(2, 16, 64\)"):
+        run_to_checkpoint(tmp_path / "run", tmp_path / "released.pt")
+    config.write_text(text.replace("adaptive = false", "adaptive = true"), encoding="utf-8")
+    state = run_to_checkpoint(tmp_path / "run", tmp_path / "released.pt")
+    assert torch.equal(
+        state["mem_pos._codebook.embed"], run_to_checkpoint(run, tmp_path / "b.pt")["mem_pos._codebook.embed"]
+    )
 
 
 def test_what_cannot_be_converted_is_said(run: Path, tmp_path: Path) -> None:

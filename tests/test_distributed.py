@@ -231,6 +231,14 @@ def test_dropout_is_each_ranks_own_and_reseeding_is_of_all(tmp_path: Path) -> No
     assert not torch.equal(ends[0]["state"]["memory.memory"], trained("fast", settings)["state"]["memory.memory"])
 
 
+def test_an_adaptive_memory_grows_alike_on_all(tmp_path: Path) -> None:
+    """The slots that split off are drawn the same on all ranks, though their dropout is not."""
+    ends = alike(
+        tmp_path, 2, preset="fast", settings=["train.epochs=4", "memory.slots=1", "memory.adaptive=true"], n=48
+    )
+    assert ends[0]["log"][2]["slots"] == 2
+
+
 # -- shares ----------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from momkd import cli
@@ -215,6 +217,62 @@ def test_a_checkpoint_of_another_configuration_or_a_damaged_one(trained: Run, tm
     for folder, message in ((tmp_path, "got a folder without config.toml"), (tmp_path / "none", "got nothing there")):
         with pytest.raises(InputError, match=f"expected the folder of a run, {message}"):
             Run(folder)
+
+
+@pytest.fixture(scope="module")
+def adaptive(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose best epoch holds fewer slots than its configuration names."""
+    settings = ["train.epochs=4", "memory.slots=20", "memory.adaptive=true", "memory.warmup=0"]
+    return train(tiny_cohort, tmp_path_factory.mktemp("runs") / "adaptive", "fast", *settings, folds=[0])
+
+
+def test_a_run_of_an_adaptive_memory_is_read_with_its_own_slots(
+    adaptive: Run, tiny_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
+    log = pd.read_csv(adaptive.fold(0) / "log.csv")
+    best = log.sort_values(["val_auc", "val_loss"], ascending=[False, True])["epoch"].iloc[0]
+    model = Run(adaptive.folder).load_model(0)
+    assert model.memory.slots == log["slots"].iloc[best]
+    assert log["slots"].iloc[0] == 20
+    assert (adaptive.fold(0) / "genomics.safetensors").is_file()
+    external = tiny_cohort.external
+    table, skipped = predict_run(adaptive, external.features, tmp_path / "p.csv", attention=tmp_path / "a")
+    assert not skipped
+    assert table.filter(like="prob_").notna().all(axis=None)
+    with h5py.File(next((tmp_path / "a").glob("*.h5"))) as file:
+        assert 0 <= file["slots"][:].min() <= file["slots"][:].max() < model.memory.slots
+    assert evaluate_external(adaptive, external.features, external.labels) == {}
+
+
+@pytest.mark.parametrize("slots", [3, 31, 256])
+def test_other_slots_than_configured_are_read_only_where_the_memory_is_adaptive(
+    adaptive: Run, trained: Run, slots: int, tmp_path: Path
+) -> None:
+    for run in (adaptive, trained):
+        copy = tmp_path / run.folder.name
+        shutil.copytree(run.folder, copy)
+        path = copy / "fold_0" / "model.safetensors"
+        state = load_file(path)
+        memory = torch.nn.functional.normalize(torch.randn(2, slots, 8), dim=-1)
+        save_file({**state, "memory.memory": memory, "memory.usage": memory.norm(dim=2)}, path)
+        if run is adaptive:
+            assert torch.equal(Run(copy).load_model(0).memory.memory, memory)
+        else:
+            with pytest.raises(InputError, match=rf"memory.memory: expected \(2, 4, 8\), got \(2, {slots}, 8\)"):
+                Run(copy).load_model(0)
+
+
+@pytest.mark.parametrize("shape", [(2, 257, 8), (2, 0, 8), (3, 20, 8), (2, 20, 9), (2, 20)])
+def test_a_memory_that_no_adaptive_run_comes_to(adaptive: Run, shape: tuple[int, ...], tmp_path: Path) -> None:
+    shutil.copytree(adaptive.folder, tmp_path / "run")
+    path = tmp_path / "run" / "fold_0" / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, "memory.memory": torch.ones(shape), "memory.usage": torch.ones(shape[:2])}, path)
+    with pytest.raises(InputError, match=rf"memory.memory: expected \(2, 20, 8\), got {re.escape(str(shape))}; "):
+        Run(tmp_path / "run").load_model(0)
+    save_file({**state, "memory.memory": torch.ones(2, 9, 8), "memory.usage": torch.ones(2, 20)}, path)
+    with pytest.raises(InputError, match=r"memory.usage: expected \(2, 9\), got \(2, 20\); "):
+        Run(tmp_path / "run").load_model(0)
 
 
 # -- bad input, by the command line ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from momkd.config import Config
 from momkd.data.batches import BagLoader
@@ -204,6 +205,81 @@ def test_the_warm_up_is_never_longer_than_the_training(tmp_path: Path) -> None:
     made = trainer("fast", "train.epochs=1", "memory.warmup=5", folder=tmp_path)
     made.run()
     assert made.model.memory.is_filled
+
+
+ADAPTIVE = ["memory.adaptive=true", "train.max_patches=7"]
+
+
+def many(n: int = 120) -> dict[str, BagLoader]:
+    return {"training": slides(n, 0), "validation": slides(12, 1)}
+
+
+def test_an_adaptive_memory_grows_where_slides_are_many_and_all_slots_are_used() -> None:
+    made = trainer("fast", "train.epochs=6", "memory.warmup=2", "memory.slots=2", *ADAPTIVE, **many())
+    made.run()
+    slots = [row["slots"] for row in made.log]
+    assert slots[:3] == [2, 2, 2], "not before an epoch that uses the filled memory"
+    assert slots[3] == 3
+    assert max(slots) <= 60 // 8 + 1
+    assert "slots" not in trainer("fast")._prepare_memory()
+
+
+def test_an_adaptive_memory_shrinks_where_slides_are_few() -> None:
+    """Twelve of a class; eight a slot would leave one, and two are the least."""
+    made = trainer("fast", "train.epochs=7", "memory.slots=9", *ADAPTIVE)
+    made.run()
+    assert [row["slots"] for row in made.log] == [9, 9, 7, 6, 5, 4, 3]
+    norms = made.model.memory.memory.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_a_class_without_label_or_slide_does_not_count() -> None:
+    labels = np.arange(96) % 3 - 1
+    made = trainer("fast", "memory.slots=4", "memory.warmup=0", *ADAPTIVE, training=slides(96, 0, labels=labels))
+    made._prepare_memory()
+    made.training.labels[made.training.labels == 0] = -1
+    made.epoch = 1
+    assert made._prepare_memory() == {"slots": 4}, "32 slides of the class that has some: eight a slot"
+
+
+@pytest.mark.parametrize("best", [1, 3, 6])
+def test_the_epoch_that_is_kept_has_its_own_slots(best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer("fast", "train.epochs=7", "memory.slots=9", *ADAPTIVE, folder=tmp_path)
+    memories: list[torch.Tensor] = []
+
+    def validate() -> dict[str, float]:
+        memories.append(made.model.memory.memory.clone())
+        return {"val_loss": 1.0, "val_auc": 0.9 if made.epoch == best else 0.5}
+
+    monkeypatch.setattr(made, "_validate", validate)
+    model = made.run()
+    assert model.memory.slots == made.log[best]["slots"]
+    assert torch.equal(model.memory.memory, memories[best])
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["memory.memory"], memories[best])
+    assert pd.read_csv(tmp_path / "log.csv")["slots"].tolist() == [9, 9, 7, 6, 5, 4, 3]
+
+
+@pytest.mark.parametrize(("slots", "stop"), [(9, 4), (2, 4)])
+def test_an_adaptive_memory_resumes_to_the_same_bits(slots: int, stop: int, tmp_path: Path) -> None:
+    settings = ["fast", "train.epochs=6", f"memory.slots={slots}", *ADAPTIVE]
+    n = 24 if slots > 2 else 120
+    whole, broken = trainer(*settings, folder=tmp_path, **many(n)), tmp_path / "broken"
+    broken.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        stopping(trainer(*settings, folder=broken, **many(n)), stop)
+    state = torch.load(broken / "state.pt")
+    assert state["epoch"] == stop
+    assert state["model"]["memory.memory"].shape[1] != slots
+    torch.manual_seed(99)
+    resumed = trainer(*settings, folder=broken, **many(n))
+    assert same(whole.run(), resumed.run())
+    assert [row["slots"] for row in resumed.log] == [row["slots"] for row in whole.log]
+    for name in ("model.safetensors", "genomics.safetensors"):
+        assert (tmp_path / name).read_bytes() == (broken / name).read_bytes()
+    assert torch.equal(
+        torch.load(tmp_path / "state.pt")["model"]["memory.memory"],
+        torch.load(broken / "state.pt")["model"]["memory.memory"],
+    )
 
 
 def test_progress_tells_every_term() -> None:

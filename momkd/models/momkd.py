@@ -68,7 +68,7 @@ class MoMKD(MILModel):
         projection_features: S, length of a prototype.
         shared_projector: patches and pooled slides share one projector.
         slots: K, prototypes a class.
-        update: "momentum" or "gradient", see `momkd.nn.MemoryBank`.
+        update, adaptive: see `momkd.nn.MemoryBank`.
         rows: what a slide scatters into a momentum memory: "slide", "patch" or "attention".
         rho: share of the genomics in it; each slide brings mass 1 in all.
         temperature: of the attention at the start; it is learnt.
@@ -106,6 +106,7 @@ class MoMKD(MILModel):
         shared_projector: bool = True,
         slots: int = 16,
         update: str = "momentum",
+        adaptive: bool = False,
         rows: str = "slide",
         rho: float = 0.5,
         temperature: float = 0.2,
@@ -133,7 +134,7 @@ class MoMKD(MILModel):
         self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
         self.patch_projector = nn.Linear(width, projection_features)
         self.slide_projector = None if shared_projector else nn.Linear(width, projection_features)
-        self.memory = MemoryBank(num_classes, slots, projection_features, update=update)
+        self.memory = MemoryBank(num_classes, slots, projection_features, update=update, adaptive=adaptive)
         self.pool: MemoryGuidedPool | GatedAttentionPool
         branches = num_classes if branch == "per_class" or (pooling == "both" and num_classes > 2) else 1
         if pooling == "memory":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from momkd.bags import Bags
 from momkd.nn.pooling import GatedAttentionPool, attention_of
 
 UPDATES = ("momentum", "gradient")
+
+# When `wanted_slots` changes K, and to what: see there.
+SLIDES_PER_SLOT = 8  # at least: a prototype stands for several slides
+EVEN, UNEVEN = 0.8, 0.5  # effective slots over K from which all are needed, and under which some are not
+MOST_SLOTS = 256  # that it grows to
+_APART = 0.1  # tangent of the angle between a slot and the one that splits off
 
 
 class MemoryBank(nn.Module):
@@ -28,13 +35,14 @@ class MemoryBank(nn.Module):
         slots: K, prototypes a class.
         features: S, the length of a prototype.
         update: "momentum" or "gradient".
+        adaptive: K may change: `load_state_dict` takes the K of what it loads. For "momentum" alone.
 
     Attributes:
-        memory: (C, K, S) float32, buffer or parameter.
+        memory: (C, K, S) float32, buffer or parameter; `resize_` puts another in its place.
         usage: (C, K) float32, moving average of the mass that a slot receives an update.
 
     Raises:
-        ValueError: a size under 1, fewer than two classes, or an unknown `update`.
+        ValueError: a size under 1, fewer than two classes, an unknown `update`, or an adaptive "gradient".
 
     Source: MoMKD (arXiv 2602.21395), momentum memory.
 
@@ -49,7 +57,15 @@ class MemoryBank(nn.Module):
     memory: Tensor
     usage: Tensor
 
-    def __init__(self, num_classes: int, slots: int = 16, features: int = 64, *, update: str = "momentum") -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        slots: int = 16,
+        features: int = 64,
+        *,
+        update: str = "momentum",
+        adaptive: bool = False,
+    ) -> None:
         super().__init__()
         if num_classes < 2 or slots < 1 or features < 1:
             raise ValueError(
@@ -58,7 +74,9 @@ class MemoryBank(nn.Module):
             )
         if update not in UPDATES:
             raise ValueError(f"update: expected {' or '.join(map(repr, UPDATES))}, got {update!r}")
-        self.update = update
+        if adaptive and update != "momentum":
+            raise ValueError(f"adaptive: expected update='momentum', got {update!r}, whose K the optimizer knows")
+        self.update, self.adaptive = update, adaptive
         memory = torch.zeros(num_classes, slots, features)
         if update == "gradient":
             self.memory = nn.Parameter(memory)
@@ -69,6 +87,10 @@ class MemoryBank(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.memory.shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.memory.shape[1]
 
     @property
     def is_filled(self) -> bool:
@@ -89,11 +111,10 @@ class MemoryBank(nn.Module):
             iterations: of Lloyd.
             generator: of the seeding, on the CPU.
         """
-        slots = self.memory.shape[1]
         for c in range(self.num_classes):
             own = rows[row_class == c].float()
-            self.memory[c] = functional.spherical_kmeans(own, slots, iterations, generator)
-        self.usage.fill_(1.0 / slots)
+            self.memory[c] = functional.spherical_kmeans(own, self.slots, iterations, generator)
+        self.usage.fill_(1.0 / self.slots)
 
     @torch.no_grad()
     def update_(
@@ -136,6 +157,92 @@ class MemoryBank(nn.Module):
             reseed_below=reseed_below,
             generator=generator,
         )
+
+    # -- how many slots ------------------------------------------------------------------------------------------
+
+    def effective_slots(self) -> Tensor:
+        """exp of the entropy of the usage of each class: K where all slots are used alike, 1 where one takes all.
+
+        Returns:
+            (C,) float64 on the CPU; K for a class that nothing has used. Waits for the device.
+        """
+        usage = self.usage.detach().cpu().double()
+        total = usage.sum(1, keepdim=True)
+        share = torch.where(total > 0, usage / total, torch.full_like(usage, 1.0 / self.slots))
+        effective: Tensor = torch.special.entr(share).sum(1).exp()
+        return effective
+
+    def wanted_slots(self, slides: int) -> int:
+        """The K that usage asks for: a quarter more slots, a quarter fewer, or as many as there are.
+
+        More, up to 256, where every class uses its slots evenly (effective slots ≥ 0.8 K) and the slides allow it (at
+        least 2 · 8 a slot). Fewer, down to 2, where every class leaves half of them idle (effective slots ≤ 0.5 K), or
+        where there are under 8 slides a slot, of which a prototype could mean but one or two. A step is ⌊K / 4⌋ slots,
+        at least one; the two bounds of either kind lie so far apart that no step calls for its undoing.
+
+        Args:
+            slides: that the smallest class trains on.
+        """
+        slots, effective = self.slots, self.effective_slots()
+        step, enough = max(1, slots // 4), slots * SLIDES_PER_SLOT
+        even, idle = bool((effective >= EVEN * slots).all()), bool((effective <= UNEVEN * slots).all())
+        if slides < enough or idle:
+            least = 2 if idle else max(2, slides // SLIDES_PER_SLOT)
+            return min(slots, max(least, slots - step))
+        if even and slides >= 2 * enough:
+            return max(slots, min(MOST_SLOTS, slots + step))
+        return slots
+
+    @torch.no_grad()
+    def resize_(self, slots: int, *, generator: torch.Generator | None = None) -> None:
+        """Give every class another number of slots: split the most used, or drop the least used.
+
+        A slot that splits keeps its vector; its child is normalise(vector + 0.1 · t), t a random unit vector
+        perpendicular to it, and each has half of its usage. A slot that is dropped leaves its usage to the kept one of
+        the largest cosine. All others keep vector and usage bit for bit, and their order; children come last.
+
+        Args:
+            slots: the new K, 1 to 2K.
+            generator: of the children, on the CPU: with the same one, every device makes the same.
+
+        Raises:
+            ValueError: another number, a memory that is not filled, or one that the optimizer steps.
+        """
+        if self.update != "momentum" or not self.is_filled:
+            came = "one not filled; call fill_ first" if self.update == "momentum" else f"update={self.update!r}"
+            raise ValueError(f"resize_: expected a filled memory moved by momentum, got {came}")
+        if not 1 <= slots <= 2 * self.slots:
+            raise ValueError(f"resize_: expected 1 to 2K = {2 * self.slots} slots, got {slots}")
+        memory, usage, device = self.memory.cpu(), self.usage.cpu(), self.memory.device
+        order = usage.sort(dim=1, descending=True, stable=True).indices  # (C, K): of equal ones the lowest first
+        if slots >= self.slots:
+            split = order[:, : slots - self.slots]
+            usage = usage.scatter(1, split, usage.gather(1, split) / 2)
+            memory = torch.cat([memory, _beside(_take(memory, split), generator)], 1)
+            usage = torch.cat([usage, usage.gather(1, split)], 1)
+        else:
+            kept, dropped = order[:, :slots].sort(1).values, order[:, slots:]
+            heirs = (_take(memory, dropped) @ _take(memory, kept).mT).argmax(2)
+            usage = usage.gather(1, kept).scatter_add(1, heirs, usage.gather(1, dropped))
+            memory = _take(memory, kept)
+        self.memory, self.usage = memory.to(device), usage.to(device)
+
+    def shapes_in(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, tuple[int, ...]]:
+        """Shapes that the memory's tensors in a state must have, by their names there.
+
+        Its own; but an adaptive memory takes the K that it finds, from 1 to 256 or to its own where that is more.
+        """
+        classes, slots, features = self.memory.shape
+        held = state.get(f"{prefix}memory")
+        if self.adaptive and held is not None and held.ndim == 3 and 1 <= held.shape[1] <= max(slots, MOST_SLOTS):
+            slots = held.shape[1]
+        return {f"{prefix}memory": (classes, slots, features), f"{prefix}usage": (classes, slots)}
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        memory, usage = self.shapes_in(state_dict, prefix).values()
+        if memory != self.memory.shape:
+            self.memory, self.usage = self.memory.new_zeros(memory), self.usage.new_zeros(usage)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -205,6 +312,18 @@ class MemoryBank(nn.Module):
     def extra_repr(self) -> str:
         classes, slots, features = self.memory.shape
         return f"num_classes={classes}, slots={slots}, features={features}, update={self.update!r}"
+
+
+def _take(memory: Tensor, which: Tensor) -> Tensor:
+    """memory (C, K, S), which (C, n) -> their vectors (C, n, S)."""
+    return memory.gather(1, which[..., None].expand(-1, -1, memory.shape[2]))
+
+
+def _beside(unit: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Unit vectors (..., S) a little aside of these, in random directions. On the CPU."""
+    noise = torch.randn(unit.shape, generator=generator)
+    tangent = noise - (noise * unit).sum(-1, keepdim=True) * unit
+    return nn.functional.normalize(unit + _APART * nn.functional.normalize(tangent, dim=-1), dim=-1)
 
 
 class MemoryGuidedPool(nn.Module):

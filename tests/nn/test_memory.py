@@ -232,6 +232,166 @@ def test_bad_update_and_what_it_says() -> None:
     assert repr(MemoryBank(2, 4, 8)) == "MemoryBank(num_classes=2, slots=4, features=8, update='momentum')"
 
 
+# -- how many slots --------------------------------------------------------------------------------------------------
+
+
+def using(*usage: list[float], width: int = 8) -> MemoryBank:
+    """A bank of random directions with this usage of each class."""
+    bank = MemoryBank(len(usage), len(usage[0]), width, adaptive=True)
+    torch.manual_seed(2)
+    bank.memory.copy_(nn.functional.normalize(torch.randn(bank.memory.shape), dim=-1))
+    bank.usage.copy_(torch.tensor(usage))
+    return bank
+
+
+def test_effective_slots() -> None:
+    bank = using([2.0, 2, 2, 2], [3, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4])
+    shares = [0.1, 0.2, 0.3, 0.4]
+    uneven = math.prod(p**-p for p in shares)
+    want = torch.tensor([4, 1, 2, 4, uneven], dtype=torch.float64)
+    assert_close(bank.effective_slots(), want, FORWARD)
+
+
+EVENLY, ONE = [1.0] * 8, [1.0] + [0.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("usage", "slides", "wanted"),
+    [
+        ((EVENLY, EVENLY), 128, 10),
+        ((EVENLY, EVENLY), 127, 8),  # too few slides to grow
+        ((EVENLY, EVENLY), 64, 8),
+        ((EVENLY, EVENLY), 63, 7),  # too few for 8 slots, enough for 7
+        ((EVENLY, EVENLY), 47, 6),
+        ((EVENLY, EVENLY), 0, 6),
+        ((EVENLY, ONE), 1000, 8),  # one class needs all of them
+        ((ONE, ONE), 1000, 6),
+        ((ONE, ONE), 63, 6),  # for both reasons
+        (([1.0] * 3 + [0.9] + [0.0] * 4, ONE), 1000, 6),  # not quite four
+        (([1.0] * 5 + [0.0] * 3, ONE), 1000, 8),  # one class between the bounds
+        (([1.0] * 7 + [0.0], EVENLY), 128, 10),
+        (([1.0] * 6 + [0.0] * 2, EVENLY), 128, 8),
+        (([1.0], [1.0]), 16, 2),
+        (([1.0], [1.0]), 0, 1),
+        (([1.0, 0], [1.0, 0]), 0, 2),  # never under two
+        (([1.0] * 240, [1.0] * 240), 10**6, 256),
+        (([1.0] * 256, [1.0] * 256), 10**6, 256),
+        (([1.0] * 300, [1.0] * 300), 10**6, 300),
+    ],
+)
+def test_wanted_slots(usage: tuple[list[float], ...], slides: int, wanted: int) -> None:
+    assert using(*usage).wanted_slots(slides) == wanted
+
+
+def test_no_step_calls_for_its_undoing() -> None:
+    """Usage of every evenness, any number of slides: after growing it does not shrink, nor the other way."""
+    torch.manual_seed(0)
+    steps = {"more": 0, "fewer": 0}
+    for _ in range(400):
+        slots = int(torch.randint(1, 30, ()))
+        bank = using(*torch.rand(2, slots).pow(8 * float(torch.rand(()))).tolist())
+        slides = int(slots * 32 * torch.rand(()))
+        wanted = bank.wanted_slots(slides)
+        if wanted == slots:
+            continue
+        bank.resize_(wanted)
+        again = bank.wanted_slots(slides)
+        steps["more" if wanted > slots else "fewer"] += 1
+        assert again >= wanted if wanted > slots else again <= wanted
+    assert min(steps.values()) > 20
+
+
+def test_the_most_used_slots_split() -> None:
+    bank = using([1.0, 5, 2, 4], [3, 3, 1, 3])
+    memory, usage, before = bank.memory.clone(), bank.usage.clone(), torch.get_rng_state()
+    bank.resize_(6, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert bank.slots == 6
+    assert bank.memory.is_contiguous()
+    assert bank.usage.is_contiguous()
+    assert torch.equal(bank.memory[:, :4], memory), "those that were there keep their bits, also where they split"
+    assert bank.usage.tolist() == [[1, 2.5, 2, 2, 2.5, 2], [1.5, 1.5, 1, 3, 1.5, 1.5]]
+    assert_close(bank.usage.sum(1), usage.sum(1), FORWARD)
+    assert_close(bank.memory.norm(dim=-1), torch.ones(2, 6), FORWARD)
+    for c, parents in enumerate(([1, 3], [0, 1])):
+        cosines = (memory[c, parents] * bank.memory[c, 4:]).sum(1)
+        assert_close(cosines, torch.full((2,), 1 / math.sqrt(1 + 0.1**2)), FORWARD)
+    directions = nn.functional.normalize(bank.memory[:, 4:] - memory[[0, 0, 1, 1], [1, 3, 0, 1]].view(2, 2, 8), dim=-1)
+    cosines = directions.view(4, 8) @ directions.view(4, 8).T - torch.eye(4)
+    assert float(cosines.abs().max()) < 0.95, "each child goes its own way"
+    again, other = using([1.0, 5, 2, 4], [3, 3, 1, 3]), using([1.0, 5, 2, 4], [3, 3, 1, 3])
+    again.resize_(6, generator=torch.Generator().manual_seed(5))
+    other.resize_(6, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(again.memory, bank.memory)
+    assert not torch.equal(other.memory, bank.memory)
+    assert {name: t.shape for name, t in bank.state_dict().items()} == {"memory": (2, 6, 8), "usage": (2, 6)}
+
+
+def test_the_child_takes_rows_of_its_parent() -> None:
+    bank = using([1.0, 1], [1, 1])
+    z = nn.functional.normalize(bank.memory[0, 0] + 0.3 * torch.randn(500, 8), dim=1)
+    label = torch.zeros(500, dtype=torch.int64)
+    bank.usage[0, 0] = 2
+    bank.resize_(3, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(bank.update_(z, label, momentum=0.5), minlength=3)
+    assert min(int(counts[0]), int(counts[2])) > 100
+
+
+def test_the_least_used_slots_are_dropped() -> None:
+    bank = using([1.0, 3, 2, 4, 5], [3, 3, 0.5, 3, 1])
+    memory = bank.memory.clone()
+    heir = memory[0, [1, 3, 4]] @ memory[0, [0, 2]].T
+    bank.resize_(3)
+    assert torch.equal(bank.memory[0], memory[0, [1, 3, 4]]), "in their order, with their bits"
+    assert torch.equal(bank.memory[1], memory[1, [0, 1, 3]])
+    want = [3.0, 4.0, 5.0]
+    for usage, slot in zip((1, 2), heir.argmax(0).tolist(), strict=True):
+        want[slot] += usage
+    assert bank.usage[0].tolist() == want
+    assert bank.usage.sum(1).tolist() == [15, 10.5]
+    assert bank.memory.is_contiguous()
+    bank.resize_(3)
+    assert torch.equal(bank.memory[0], memory[0, [1, 3, 4]])
+
+
+def test_a_width_of_one_splits_without_nan() -> None:
+    bank = using([1.0, 1], [1, 1], width=1)
+    bank.resize_(4)
+    assert_close(bank.memory.abs(), torch.ones(2, 4, 1), FORWARD)
+
+
+def test_what_cannot_be_resized() -> None:
+    bank = using([1.0, 1], [1, 1])
+    for slots in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"resize_: expected 1 to 2K = 4 slots, got {slots}"):
+            bank.resize_(slots)
+    with pytest.raises(ValueError, match=r"expected a filled memory moved by momentum, got update='gradient'"):
+        filled("gradient").resize_(4)
+    with pytest.raises(ValueError, match=r"expected a filled memory moved by momentum, got one not filled; call fill_"):
+        MemoryBank(2, 4, 8).resize_(5)
+    with pytest.raises(ValueError, match="adaptive: expected update='momentum', got 'gradient'"):
+        MemoryBank(2, 4, 8, update="gradient", adaptive=True)
+
+
+def test_an_adaptive_memory_takes_the_slots_of_what_it_loads() -> None:
+    for slots in (1, 2, 9, 256):
+        state, bank = using([1.0] * slots, [2.0] * slots).state_dict(), using([1.0, 1], [1, 1])
+        where = bank.memory.data_ptr()
+        bank.load_state_dict(state)
+        assert bank.slots == slots
+        assert all(torch.equal(tensor, state[name]) for name, tensor in bank.state_dict().items())
+        assert (bank.memory.data_ptr() == where) is (slots == 2), "in place where K is the same"
+        with pytest.raises(RuntimeError, match="size mismatch for memory"):
+            MemoryBank(2, 5, 8).load_state_dict(state)
+    for memory in (torch.zeros(2, 257, 8), torch.zeros(2, 0, 8), torch.zeros(3, 4, 8), torch.zeros(2, 4, 9)):
+        with pytest.raises(RuntimeError, match="size mismatch for memory"):
+            using([1.0, 1], [1, 1]).load_state_dict({"memory": memory, "usage": memory.sum(2)})
+    bank = using([1.0, 1], [1, 1])
+    before = bank.memory.clone()
+    bank.load_state_dict({"usage": torch.ones(2, 2)}, strict=False)
+    assert torch.equal(bank.memory, before)
+
+
 # -- the pool ----------------------------------------------------------------------------------------------------
 
 
