@@ -118,10 +118,12 @@ def test_epoch(benchmark: Any, full: bool, source: str, tmp_path: Path) -> None:
     calls = {name: epoch(made, iter(range(10**6))) for name, made in loaders.items()}
     calls["packed store, float16, first epoch"] = first_epoch
     seconds = interleaved(calls, rounds=3 if full else 5, warmup=1)
-    best = seconds["packed store, float16"]
+    ours = "packed store, float16"
+    best = seconds[ours]
     for name, each in seconds.items():
         benchmark.extra_info[f"seconds of {name}"] = each
-        benchmark.extra_info[f"times as fast as {name}"] = each / best
+        if name != ours:
+            benchmark.extra_info[f"times as fast as {name}"] = each / best
     with PackedStore(store) as opened:
         size = sum(opened.header(slide)[0] for slide in opened.paths) * opened.width * 2
     benchmark.extra_info |= {
@@ -131,4 +133,4 @@ def test_epoch(benchmark: Any, full: bool, source: str, tmp_path: Path) -> None:
         "GB/s": size / best / 1e9,
         "attained": 2 * size / copy_rate() / best,
     }
-    benchmark.pedantic(calls["packed store, float16"], rounds=3)
+    benchmark.pedantic(calls[ours], rounds=3)
