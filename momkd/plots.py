@@ -31,7 +31,7 @@ from momkd.predictions import check_predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "D", "P", "X", "^", "v")
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_CELLS = 4_000_000  # of an image of the patch grid; more are drawn square by square
 _GREY = "#666666"
@@ -197,6 +197,7 @@ def plot_slots(
         axes.set_title(_plain(textwrap.shorten(f"Class {name}", 70)), loc="left", fontsize=10)
         axes.set_ylabel("%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+        axes.set_xlim(-0.6, slots - 0.4)
     panels[-1].set_xlabel("Slot")
     figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     return _save(figure, path)
