@@ -31,6 +31,7 @@ from momkd.experiment import train_run
 from momkd.explain import Explained, Options, explain_run, look
 from momkd.explain.maps import choose
 from momkd.models import MoMKD
+from momkd.plots import plot_prototypes, plot_slots
 from momkd.predict import predict_run
 from momkd.runs import Run
 from momkd.simulate import SimulatedCohort
@@ -135,6 +136,7 @@ def test_project_says_what_forward_says(run: Run, features: Path) -> None:
         assert torch.equal(getattr(seen.prediction, name), getattr(plain, name)), name
     assert seen.patches.shape == (len(bags.features), 8)
     assert seen.slides.shape == (4, 1, 8)
+    assert seen.patches.norm(dim=1) == pytest.approx(torch.ones(len(bags.features)))
     assert seen.slides.norm(dim=2) == pytest.approx(torch.ones(4, 1))
     cosines = torch.einsum("ns,cks->nck", seen.patches, look.unit_prototypes(model.memory))
     assert (cosines.argmax(2) == plain.slots).all()
@@ -306,7 +308,7 @@ def test_ids_are_the_same_each_time_and_those_of_the_model(
 ) -> None:
     options = Options(limit=3, top=1)
     again = explain_run(run, features, tmp_path / "again", options=options)
-    slide = table(made, "slides.csv").query("map")["slide_id"].iloc[0]
+    slide = table(again, "slides.csv").query("map")["slide_id"].iloc[0]
     first, second = geojson(made, slide), geojson(again, slide)
     assert second[: len(first)] == first
     assert len(second) == len(read_slide(features / f"{slide}.h5").features)  # all that were asked for
@@ -315,7 +317,11 @@ def test_ids_are_the_same_each_time_and_those_of_the_model(
     weights = load_file(copy / "fold_0" / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, copy / "fold_0" / "model.safetensors")
     changed = explain_run(Run(copy), features, tmp_path / "changed", options=options)
-    assert not {f["id"] for f in geojson(changed, slide)} & {f["id"] for f in second}
+    ids = [
+        {f["id"] for path in (e.index.parent / "maps").glob("*.geojson") for f in geojson(e, path.stem)}
+        for e in (again, changed)
+    ]
+    assert not ids[0] & ids[1]
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -363,6 +369,23 @@ def test_names_are_only_names(run: Run, own_cohort: SimulatedCohort, tmp_path: P
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     assert "maps/a%26%3Cb%3E%20%231.geojson" in links
     assert (made.index.parent / "maps" / "a&<b> #1.geojson").is_file()
+
+
+def test_figures_of_prototypes_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    path, names = tmp_path / "f.png", ("a", "b")
+    ones, vectors = np.ones((2, 3)), np.ones((2, 3, 4))
+    for wrong in ((ones[:1], ones, ones), (ones, ones[:, :2], ones), (np.ones(3), np.ones(3), np.ones(3))):
+        with pytest.raises(InputError, match=r"^slots: expected three arrays \(C, K\) and C = 2 classes, got "):
+            plot_slots(*wrong, names, path)
+    for wrong in ((vectors[0], ones), (vectors, ones.T), (vectors[:1], ones[:1])):
+        with pytest.raises(InputError, match=r"^prototypes: expected \(C, K, S\) and usage \(C, K\), got "):
+            plot_prototypes(*wrong, np.zeros((0, 4)), [], names, path)
+    with pytest.raises(InputError, match=r"^prototypes: expected slides \(n, 4\), got \(5, 3\)"):
+        plot_prototypes(vectors, ones, np.zeros((5, 3)), [0] * 5, names, path)
+    assert not list(tmp_path.iterdir())
+    for size in (1, 4):  # a single direction, and prototypes that are all the same
+        plot_prototypes(np.ones((2, 3, size)), 0 * ones, np.ones((2, size)), [-1, 1], names, path)
+        assert path.stat().st_size > 1000
 
 
 # -- other models -----------------------------------------------------------------------------------------------------
