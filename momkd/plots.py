@@ -234,7 +234,8 @@ def plot_prototypes(
     if others.shape != (len(colours), vectors.shape[2]):
         raise InputError(f"prototypes: expected slides (n, {vectors.shape[2]}), got {others.shape}")
     flat = np.pad(vectors.reshape(-1, vectors.shape[2]), ((0, 0), (0, max(0, 2 - vectors.shape[2]))))
-    pca = PCA(2, svd_solver="full").fit(flat)
+    with np.errstate(invalid="ignore"):  # of no variance at all there are no shares
+        pca = PCA(2, svd_solver="full").fit(flat)
     points = pca.transform(flat).reshape(*mass.shape, 2)
     figure, axes = _figure(6.4, 5.4)
     around = pca.transform(np.pad(others, ((0, 0), (0, flat.shape[1] - others.shape[1])))) if len(others) else others
