@@ -218,5 +218,7 @@ meter::-webkit-meter-optimum-value { background: #0072b2; }
 meter::-moz-meter-bar { background: #0072b2; }
 .thumbnails { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
 .thumbnails img { width: 100%; display: block; border-radius: 2px; }
+details th[scope=row] { font-weight: normal; overflow-wrap: anywhere; }
+details td { white-space: nowrap; }
 summary { cursor: pointer; font-size: .875rem; margin-top: .5rem; }
 """
