@@ -32,7 +32,7 @@ from momkd.predictions import check_predictions
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "D", "P", "X", "^", "v")
 _FORMATS = (".png", ".pdf", ".svg")
 _MAX_CELLS = 4_000_000  # of an image of the patch grid; more are drawn square by square
 _GREY = "#666666"
@@ -264,6 +264,7 @@ def plot_slots(
         axes.set_title(_plain(textwrap.shorten(f"Class {name}", 70)), loc="left", fontsize=10)
         axes.set_ylabel("%")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=20))
+        axes.set_xlim(-0.6, slots - 0.4)
     panels[-1].set_xlabel("Slot")
     figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     return _save(figure, path)
@@ -300,7 +301,8 @@ def plot_prototypes(
     if others.shape != (len(colours), vectors.shape[2]):
         raise InputError(f"prototypes: expected slides (n, {vectors.shape[2]}), got {others.shape}")
     flat = np.pad(vectors.reshape(-1, vectors.shape[2]), ((0, 0), (0, max(0, 2 - vectors.shape[2]))))
-    pca = PCA(2, svd_solver="full").fit(flat)
+    with np.errstate(invalid="ignore"):  # of no variance at all there are no shares
+        pca = PCA(2, svd_solver="full").fit(flat)
     points = pca.transform(flat).reshape(*mass.shape, 2)
     figure, axes = _figure(6.4, 5.4)
     around = pca.transform(np.pad(others, ((0, 0), (0, flat.shape[1] - others.shape[1])))) if len(others) else others

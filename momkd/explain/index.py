@@ -14,6 +14,8 @@ from momkd import page
 from momkd.bootstrap import Floats
 from momkd.page import text
 
+_SHOWN = 0.02  # share of attention from which on a prototype's table is open
+
 
 @dataclass(frozen=True)
 class SlideCard:
@@ -60,8 +62,10 @@ class Content:
     """All that the page says."""
 
     title: str
+    label: str  # the column that is predicted
     classes: Sequence[str]
     branches: bool  # one attention a class
+    guided: bool  # by the memory
     chosen: str  # which slides are shown
     cards: Sequence[SlideCard]
     memory: Memory | None
@@ -72,30 +76,42 @@ def index_html(content: Content, folder: Path) -> str:
     """The page; `folder` is where thumbnails lie."""
     body = [page.note(each) for each in content.notes]
     body += ["<h2>How to read this</h2>", page.items(_guide(content)), "<h2>Slides</h2>"]
-    body += [page.paragraph(content.chosen)]
-    body += [f'<div class="cards">{"".join(_slide(card, content) for card in content.cards)}</div>']
+    body += [page.paragraph(f"Classes of {content.label}: {', '.join(content.classes)}. {content.chosen}")]
+    if content.cards:
+        body.append(f'<div class="cards">{"".join(_slide(card, content) for card in content.cards)}</div>')
     if content.memory is not None:
         body += _prototypes(content.memory, content.classes, folder)
     return page.page(content.title, body, style=_STYLE)
 
 
 def _guide(content: Content) -> list[str]:
-    seen = "that of the class predicted for the slide" if content.branches else "one for all classes"
+    if content.branches:
+        which = "Each class has an attention of its own; shown is that of the class predicted for the slide."
+    else:
+        which = "There is one attention for all classes."
     lines = [
         "Attention says how much each patch counts for the prediction of its slide; it sums to one over the slide. The "
         "model is not asked to find tumour, and high attention is no diagnosis of a patch.",
-        f"Maps colour patches by the rank of their attention within the slide ({seen}): yellow is the highest. Every "
+        f"Maps colour patches by the rank of their attention within the slide: yellow is the highest. {which} Every "
         "slide has some yellow, also where attention is spread evenly.",
         "Each .geojson file opens in QuPath over the image of its slide, by dragging it onto the image. MIRAX and "
         "Leica SCN images, which QuPath crops, must be opened without cropping there, or tiles are displaced.",
     ]
     if content.memory is not None:
-        lines += [
-            "The model remembers prototypes, a number of slots for each class. A patch that looks like a prototype of "
-            "one class, and not like those of the others, draws attention for that class.",
-            "The patches nearest to a prototype (cosine 1 is the same direction) show what it stands for. Shares are "
-            "means over slides: of their patches, and of their attention, how much lies nearest to this prototype.",
-        ]
+        lines.append(
+            "The model remembers prototypes, a number of slots for each class; it made them while it was trained."
+        )
+    if content.memory is not None and content.guided:
+        classes = content.classes
+        like = f"prototypes of class {classes[1]}, and not like those of class {classes[0]}"
+        if content.branches:
+            like = "prototypes of the class, and not like those of the others"
+        lines.append(f"Attention goes to patches that look like {like}.")
+    if content.memory is not None:
+        lines.append(
+            "The patches nearest to a prototype show what it stands for; the nearest is first, and cosine 1 is the "
+            "same direction. Shares are means over slides: how much of their patches and attention lies nearest to it."
+        )
     return lines
 
 
@@ -156,15 +172,15 @@ def _prototypes(memory: Memory, classes: Sequence[str], folder: Path) -> list[st
         cards = []
         for slot in own.to_dict("records"):
             near = memory.nearest[(memory.nearest["class"] == name) & (memory.nearest["slot"] == slot["slot"])]
-            cards.append(_prototype(slot, near, folder))
-        body.append(f'<div class="cards wider">{"".join(cards)}</div>')
+            cards.append(_prototype(slot, own["usage"].sum(), near, folder))
+        body.append(f'<div class="cards">{"".join(cards)}</div>')
     return body
 
 
-def _prototype(slot: Mapping[Any, Any], near: pd.DataFrame, folder: Path) -> str:
-    parts = [f"<h4>{text(slot['class'])}, slot {slot['slot']}</h4>"]
-    told = f"{slot['attention_share']:.1%} of attention, {slot['patch_share']:.1%} of patches; usage in training "
-    told += f"{slot['usage']:.3g}"
+def _prototype(slot: Mapping[Any, Any], of_class: float, near: pd.DataFrame, folder: Path) -> str:
+    parts = [f"<h4>Class {text(slot['class'])}, slot {slot['slot']}</h4>"]
+    told = f"{slot['attention_share']:.1%} of attention, {slot['patch_share']:.1%} of patches"
+    told += f"; {slot['usage'] / of_class:.1%} of its class in training" if of_class > 0 else ""
     parts.append(f'<p class="small">{told}</p>')
     rows, pictures = [], []
     for patch in near.to_dict("records"):
@@ -174,11 +190,13 @@ def _prototype(slot: Mapping[Any, Any], near: pd.DataFrame, folder: Path) -> str
         if patch["thumbnail"]:
             alt = f"Patch of {patch['slide_id']} at {where}, cosine {cosine}"
             pictures.append(page.image(folder / patch["thumbnail"], alt))
-    table = page.table(["Slide", "x, y in level-0 pixels", "Cosine"], rows) if rows else ""
     if pictures:
         parts.append(f'<div class="thumbnails">{"".join(pictures)}</div>')
-        table = f"<details><summary>Where they lie</summary>{table}</details>"
-    return f"<article>{''.join(parts)}{table}</article>"
+    if rows:
+        table = page.table(["Slide", "x, y in level-0 pixels", "Cosine"], rows)
+        shown = "" if pictures or slot["attention_share"] < _SHOWN else " open"
+        parts.append(f"<details{shown}><summary>Where the nearest patches lie</summary>{table}</details>")
+    return f"<article>{''.join(parts)}</article>"
 
 
 _STYLE = """
@@ -186,8 +204,7 @@ h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; }
 h3, h4 { font-size: 1.05rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 main > h3 { margin-top: 2rem; }
 a { color: inherit; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; }
-.cards.wider { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 article { border: 1px solid var(--line); border-radius: 6px; padding: .75rem 1rem; min-width: 0; }
 article p, article figure { margin: .5rem 0; }
 article table { font-size: .875rem; }
@@ -197,7 +214,11 @@ article table { font-size: .875rem; }
 .probs th, .probs td { border: 0; padding: 0 .5rem 0 0; font-weight: normal; overflow-wrap: anywhere; }
 .probs caption { caption-side: top; padding: 0; }
 meter { width: 7rem; }
+meter::-webkit-meter-optimum-value { background: #0072b2; }
+meter::-moz-meter-bar { background: #0072b2; }
 .thumbnails { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
 .thumbnails img { width: 100%; display: block; border-radius: 2px; }
+details th[scope=row] { font-weight: normal; overflow-wrap: anywhere; }
+details td { white-space: nowrap; }
 summary { cursor: pointer; font-size: .875rem; margin-top: .5rem; }
 """

@@ -18,7 +18,7 @@ from momkd.explain.look import SlideView, attention_shares
 from momkd.explain.view import View
 from momkd.plots import plot_attention
 
-_NAMED = 3  # prototypes that a slide's card names
+_NAMED, _LEAST = 3, 0.01  # prototypes that a slide's card names, and the least share of attention that is named
 
 
 def map_slides(view: View, table: pd.DataFrame, folder: Path, step: Callable[[], None]) -> list[SlideCard]:
@@ -31,20 +31,20 @@ def map_slides(view: View, table: pd.DataFrame, folder: Path, step: Callable[[],
     (folder / "maps").mkdir()
     ids = uuid.uuid5(uuid.NAMESPACE_OID, _digest(view.run.fold(view.fold) / "model.safetensors"))
     number = {slide: row for row, slide in enumerate(view.loader.slide_ids)}
-    rows = table.loc[_choose(table, view.classes, view.options.limit)].to_dict("records")
+    rows = table.loc[choose(table, view.classes, view.options.limit)].to_dict("records")
     cards = []
     for row, slide in zip(rows, view.look([[number[row["slide_id"]]] for row in rows]), strict=True):
         told: dict[str, Any] = {name: row[name] for name in ("slide_id", "patches", "predicted", "label", "part")}
         if slide.near is not None:
             shares = attention_shares(slide, len(view.names))
-            best = [int(p) for p in np.argsort(-shares, kind="stable")[:_NAMED] if shares[p] > 0]
+            best = [int(p) for p in np.argsort(-shares, kind="stable")[:_NAMED] if shares[p] >= _LEAST]
             told["nearest"] = [(view.names[p], float(shares[p])) for p in best]
         cards.append(SlideCard(probs=slide.probs, **told, **_map(view, slide, folder, ids)))
         step()
     return cards
 
 
-def _choose(table: pd.DataFrame, classes: Sequence[str], limit: int) -> list[int]:
+def choose(table: pd.DataFrame, classes: Sequence[str], limit: int) -> list[int]:
     """Rows of the slides to show: the most certain of every predicted class in turn."""
     probs = table[[f"prob_{name}" for name in classes]].to_numpy()
     certain = pd.Series(probs[np.arange(len(table)), table["predicted"]], index=table.index)
@@ -64,7 +64,7 @@ def _map(view: View, slide: SlideView, folder: Path, ids: uuid.UUID) -> dict[str
         return {"missing": "No map: its features hold no patch_size_level0; give --patch-size."}
     path = folder / "maps" / check_id(name, source.name(name))
     picture, geojson = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.geojson")
-    plot_attention(coords, slide.attention, picture, patch_size=size, title=name)
+    plot_attention(coords, slide.attention, picture, patch_size=size)
     written = write_geojson(
         geojson,
         slide,

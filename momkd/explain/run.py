@@ -200,7 +200,7 @@ def _facts(view: View, features: Path | str) -> list[str]:
             f"The memory was not moved by momentum (memory.update is {config.memory.update}), so its usage in training "
             "was not counted: it is the same for all slots."
         )
-    if has_memory and config.model.pooling != "memory":
+    if has_memory and not view.guided:
         notes.append("Attention comes from a gate and not from the memory: prototypes did not guide it.")
     return notes
 
@@ -228,5 +228,6 @@ def _write(folder: Path, view: View, table: pd.DataFrame, cards: Sequence[SlideC
         "of. All slides are in slides.csv."
     )
     title = f"Explanation of {name}, fold {view.fold}"
-    content = Content(title, view.classes, view.branches, chosen, cards, memory, view.notes)
+    seen = (view.run.info.label, view.classes, view.branches, view.guided)
+    content = Content(title, *seen, chosen, cards, memory, view.notes)
     write_text(folder / "index.html", index_html(content, folder))

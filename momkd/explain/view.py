@@ -77,9 +77,12 @@ class View:
     @property
     def branches(self) -> bool:
         """Whether each class has an attention of its own: where it was asked for, and where a memory guides C > 2."""
-        model = self.run.config.model
-        guided = model.kind == "momkd" and model.pooling == "memory" and len(self.classes) > 2
-        return model.branch == "per_class" or guided
+        return self.run.config.model.branch == "per_class" or (self.guided and len(self.classes) > 2)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a memory guides the attention."""
+        return self.run.config.model.kind == "momkd" and self.run.config.model.pooling == "memory"
 
     @property
     def slots(self) -> int:
@@ -89,7 +92,7 @@ class View:
     @property
     def names(self) -> list[str]:
         """What each prototype p = c · K + k is called."""
-        return [f"{name}, slot {k}" for name in self.classes for k in range(self.slots)]
+        return [f"class {name}, slot {k}" for name in self.classes for k in range(self.slots)]
 
     def look(self, plan: Sequence[Sequence[int]], most: int = 0) -> Iterator[SlideView]:
         """The slides of a plan of the loader; of each prototype `most` patches a slide."""
