@@ -21,7 +21,8 @@ class Arm:
         title: in tables.
         preset: that the settings stand on.
         settings: `section.key=value` over the preset.
-        omics: whether it learns from expression; where there is none, the arm is left out.
+        omics: whether it is given expression to learn from, where there is some.
+        needs_omics: whether it is left out where there is none.
         slides: whether it learns from slides; where it does not, it bounds what there is to distil.
     """
 
@@ -30,6 +31,7 @@ class Arm:
     preset: str = "fast"
     settings: tuple[str, ...] = ()
     omics: bool = True
+    needs_omics: bool = False
     slides: bool = True
 
     def config(self, settings: Sequence[str], seed: int) -> Config:
@@ -42,18 +44,24 @@ ARMS = {
     for arm in (
         Arm("abmil", "Slides alone, gated attention (ABMIL)", "abmil", omics=False),
         Arm("memory", "Slides alone, attention by a momentum memory", omics=False),
-        Arm("mse", "Batch-local: features matched (MSE)", settings=("model.kind=distill", "model.match=mse")),
+        Arm(
+            "mse",
+            "Batch-local: features matched (MSE)",
+            settings=("model.kind=distill", "model.match=mse"),
+            needs_omics=True,
+        ),
         Arm(
             "contrastive",
             "Batch-local: contrastive alignment",
             settings=("model.kind=distill", "model.match=contrastive"),
+            needs_omics=True,
         ),
         Arm("fixed", "MoMKD, fixed memory", settings=("memory.update=fixed",)),
-        Arm("momkd", "MoMKD, momentum memory"),
+        Arm("momkd", "MoMKD, momentum memory", needs_omics=True),  # without expression it is the memory's arm
         Arm("gradient", "MoMKD, memory by gradient", settings=("memory.update=gradient",)),
-        Arm("no-reconstruction", "MoMKD without reconstruction", settings=("loss.reconstruction=0",)),
-        Arm("coupled", "MoMKD without decoupling", settings=("memory.coupled=true",)),
-        Arm("omics", "Expression alone (teacher; not available at inference)", "omics", slides=False),
+        Arm("no-reconstruction", "MoMKD without reconstruction", settings=("loss.reconstruction=0",), needs_omics=True),
+        Arm("coupled", "MoMKD without decoupling", settings=("memory.coupled=true",), needs_omics=True),
+        Arm("omics", "Expression alone (teacher; not available at inference)", "omics", needs_omics=True, slides=False),
     )
 }
 

@@ -15,7 +15,6 @@ from momkd import page
 from momkd.data.atomic import write_csv, write_text
 from momkd.plots import estimate_text, plot_intervals
 from momkd.report import markdown_table, markdown_text
-from momkd.study.arms import REFERENCE
 from momkd.study.run import Study
 
 _PARTS = {"test": "Internal test (cross-validation)", "external": "External cohort"}
@@ -29,13 +28,12 @@ class _Section(NamedTuple):
     body: list[list[str]]
 
 
-def write_study_report(study: Study, results: pd.DataFrame, *, reference: str = REFERENCE) -> Path:
+def write_study_report(study: Study, results: pd.DataFrame) -> Path:
     """Writes results.csv, report.md, index.html and their figures into the study's folder; returns index.html.
 
     Args:
         study: as it was run.
         results: of `study_results`.
-        reference: as there.
     """
     write_csv(study.out / "results.csv", results)
     figures = [
@@ -45,12 +43,12 @@ def write_study_report(study: Study, results: pd.DataFrame, *, reference: str = 
         )
     ]
     if "difference" in results and results["difference"].notna().any():
-        name = results.loc[results["arm"] == reference, "title"].iloc[0]
+        name = results.loc[results["difference"].isna(), "title"].iloc[0]
         text = f"AUC of “{name}” minus that of every other arm, on the same patients, with 95 % intervals."
         panels = _panels(results[results["difference"].notna()], "difference")
         label = "Difference in AUC (right: the reference is better)"
         figures.append((plot_intervals(panels, study.out / "difference.png", label=label, zero=True), text))
-    sections, told = _sections(results, reference), _conditions(study, results)
+    sections, told = _sections(results), _conditions(study, results)
     title = "Study of distillation arms"
     blocks = [f"# {title}", f"> **Note:** {markdown_text(study.cohort.note)}", *map(markdown_text, told)]
     for section in sections:
@@ -65,9 +63,9 @@ def write_study_report(study: Study, results: pd.DataFrame, *, reference: str = 
     return study.out / "index.html"
 
 
-def study_table(results: pd.DataFrame, task: str, reference: str = REFERENCE) -> Table:
+def study_table(results: pd.DataFrame, task: str) -> Table:
     """The internal test of one task for the terminal; the interval stands beneath its estimate."""
-    section = next(s for s in _sections(results[results["task"] == task], reference))
+    section = next(s for s in _sections(results[results["task"] == task]))
     table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE)
     table.add_column(section.head[0], overflow="fold", max_width=34)
     shown = range(1, min(4, len(section.head)))
@@ -89,12 +87,14 @@ def _conditions(study: Study, results: pd.DataFrame) -> list[str]:
         "In brackets: 95 % intervals from resampling patients, jointly for all folds and seeds. ECE and Brier score "
         "are of the probabilities as they come from class-balanced training, not recalibrated.",
     ]
+    if study.cohort.omics is None:
+        told.append("There is no expression: every arm learns from slides alone.")
     if study.cohort.external_labels is not None:
         told.append("The external cohort is predicted from slides alone; no arm saw any of it.")
     return told
 
 
-def _sections(results: pd.DataFrame, reference: str) -> list[_Section]:
+def _sections(results: pd.DataFrame) -> list[_Section]:
     sections = []
     for (task, part), rows in results.groupby(["task", "part"], sort=False):
         compared = "difference" in rows and rows["difference"].notna().any()
@@ -103,8 +103,8 @@ def _sections(results: pd.DataFrame, reference: str) -> list[_Section]:
         for row in rows.to_dict("records"):
             cells = [str(row["title"]), estimate_text(_value(row, "auc"))]
             if compared:
-                is_reference = row["arm"] == reference
-                cells.append("reference" if is_reference else estimate_text(_value(row, "difference"), sign=True))
+                told = estimate_text(_value(row, "difference"), sign=True)
+                cells.append("reference" if pd.isna(row["difference"]) else told)  # it has none to itself
             body.append([*cells, estimate_text(_value(row, "auprc")), f"{row['ece']:.3f}", f"{row['brier']:.3f}"])
         sections.append(_Section(f"{task}: {_PARTS[str(part)]}, {int(rows['patients'].max())} patients", head, body))
     return sorted(sections, key=lambda s: _PARTS["external"] in s.title)

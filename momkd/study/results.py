@@ -28,7 +28,7 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
 
     Args:
         study: as it was run.
-        reference: the arm whose advantage over every other is given, where it is among them.
+        reference: the arm whose advantage over every other is given, where it is among them; else the first arm.
         bootstrap: resamples of patients.
 
     Returns:
@@ -46,6 +46,7 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
         for cell in cells:
             by_arm.setdefault(cell.arm.name, []).append(cell)
         tables = {name: _predictions(own) for name, own in by_arm.items()}
+        compared = reference if reference in tables else next(iter(tables), "")
         for name, (table, classes) in tables.items():
             metrics = evaluate_predictions(table, classes, bootstrap=bootstrap, source=name)
             for part in PARTS:
@@ -62,8 +63,8 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
                     found = metrics[part][metric]
                     row |= {metric: found["estimate"], f"{metric}_low": found["low"], f"{metric}_high": found["high"]}
                 row |= calibration(own, classes)
-                if name != reference and reference in tables:
-                    row |= _advantage(tables[reference][0], table, classes, part, bootstrap, (reference, name))
+                if name != compared:
+                    row |= _advantage(tables[compared][0], table, classes, part, bootstrap, (compared, name))
                 rows.append(row)
     if not rows:
         raise InputError(f"{study.out}: expected a finished run, got none; let the study go on")

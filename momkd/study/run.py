@@ -99,7 +99,7 @@ class Study:
             for seed in range(self.seeds)
             for task in self.cohort.tasks
             for arm in self.arms
-            if self.cohort.omics is not None or not arm.omics
+            if self.cohort.omics is not None or not arm.needs_omics
         ]
 
     def splits(self, task: str, seed: int) -> Path:
