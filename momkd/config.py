@@ -48,7 +48,7 @@ class ModelConfig:
     neighbours: int = _number(8, 1, 64, "k of the graph of patches that gatv2 sees")
     attention_dropout: float = _number(0.5, 0, 0.99, "of the attention between patches, in gatv2")
     encoder_dropout: float = _number(0.25, 0, 0.99, "of what gatv2 adds to its residual")
-    pooling: str = _choice("memory", ("memory", "gated", "both"), "attention by the memory, a gate, or the sum")
+    pooling: str = _choice("both", ("memory", "gated", "both"), "attention by the memory, a gate, or the sum")
     branch: str = _choice("positive", ("positive", "per_class"), "one attention, or one a class (always so for C > 2)")
     hidden_features: int = _number(512, 1, 65_536, "D, width of an encoded patch")
     gate_features: int = _number(256, 1, 65_536, "width of the gate, where pooling is gated or both")
@@ -100,7 +100,7 @@ class LossConfig:
     classification: float = _number(0.5, 0, 1000, "weight of the cross-entropy")
     memory: float = _number(0.1, 0, 1000, "weight of the distance to the nearest prototype of the class")
     soft_angle_omics: float = _number(0.05, 0, 1000, "weight of the soft-angle loss of the genomics")
-    soft_angle_slide: float = _number(0.2, 0, 1000, "weight of the soft-angle loss of the slide")
+    soft_angle_slide: float = _number(0.02, 0, 1000, "weight of the soft-angle loss of the slide")
     reconstruction: float = _number(0.05, 0, 1000, "weight of the reconstruction of the profile")
     assignment: float = _number(0.0, 0, 1000, "weight of the assignment to slots that genomics teach; 0: none")
     assignment_tau: float = _number(10.0, 1e-3, 1e4, "sharpness of that assignment")
@@ -230,8 +230,11 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"model.kind": "momkd", "model.encoder": "gatv2", "model.pooling": "memory", "memory.update": "momentum"},
-    "fast": {"model.kind": "momkd", "model.encoder": "mlp", "model.pooling": "memory"},
+    "paper": {
+        **{"model.kind": "momkd", "model.encoder": "gatv2", "model.pooling": "memory", "memory.update": "momentum"},
+        "loss.soft_angle_slide": 0.2,
+    },
+    "fast": {"model.kind": "momkd", "model.encoder": "mlp", "model.pooling": "both"},
     "abmil": {"model.kind": "abmil", "model.encoder": "mlp", "model.pooling": "gated"},
     "omics": {"model.kind": "omics"},
 }

@@ -10,6 +10,7 @@ from momkd.config import Config
 from momkd.errors import InputError
 
 REFERENCE = "momkd"  # the arm that the others are compared with
+_PUBLISHED = ("model.pooling=memory", "loss.soft_angle_slide=0.2")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("abmil", "Slides alone, gated attention (ABMIL)", "abmil", omics=False),
-        Arm("memory", "Slides alone, attention by a momentum memory", omics=False),
+        Arm("memory", "Slides alone, gate and momentum memory", omics=False),
         Arm(
             "mse",
             "Batch-local: features matched (MSE)",
@@ -58,6 +59,8 @@ ARMS = {
         ),
         Arm("fixed", "MoMKD, fixed memory", settings=("memory.update=fixed",)),
         Arm("momkd", "MoMKD, momentum memory", needs_omics=True),  # without expression it is the memory's arm
+        Arm("published", "MoMKD as published: attention by the memory alone", settings=_PUBLISHED, needs_omics=True),
+        Arm("published-fixed", "The same, fixed memory", settings=(*_PUBLISHED, "memory.update=fixed")),
         Arm("gradient", "MoMKD, memory by gradient", settings=("memory.update=gradient",)),
         Arm("no-reconstruction", "MoMKD without reconstruction", settings=("loss.reconstruction=0",), needs_omics=True),
         Arm("coupled", "MoMKD without decoupling", settings=("memory.coupled=true",), needs_omics=True),
