@@ -47,65 +47,45 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         raise InputError(
             f"model.hidden_features: expected a multiple of model.heads = {model.heads}, got {model.hidden_features}"
         )
-    graph = {name: getattr(model, name) for name in ("heads", "attention_dropout", "encoder_dropout")}
-    tower = {"hidden_features": omics.hidden_features, "dropout": omics.dropout}
+    width: dict[str, Any] = {"hidden_features": omics.hidden_features, "dropout": omics.dropout}
     if model.kind == "omics":
-        return OmicsClassifier(in_features, num_classes, features=omics.features, **tower)  # type: ignore[arg-type]
+        return OmicsClassifier(in_features, num_classes, features=omics.features, **width)
+    slide: dict[str, Any] = {
+        name: getattr(model, name)
+        for name in (
+            *("encoder", "hidden_features", "gate_features", "branch", "dropout"),
+            *("heads", "attention_dropout", "encoder_dropout"),
+        )
+    }
     if model.kind == "abmil":
-        return ABMIL(
-            in_features,
-            num_classes,
-            encoder=model.encoder,
-            hidden_features=model.hidden_features,
-            gate_features=model.gate_features,
-            branch=model.branch,
-            dropout=model.dropout,
-            **graph,
-        )
+        return ABMIL(in_features, num_classes, **slide)
+    both: dict[str, Any] = {
+        "omics_features": omics_features,
+        "projection_features": model.projection_features,
+        "omics_embedding": omics.features,
+        "omics_hidden": omics.hidden_features,
+        "omics_dropout": omics.dropout,
+    }
     if model.kind == "distill":
-        return BatchDistillation(
-            in_features,
-            num_classes,
-            omics_features=omics_features,
-            match=model.match,
-            encoder=model.encoder,
-            hidden_features=model.hidden_features,
-            gate_features=model.gate_features,
-            projection_features=model.projection_features,
-            branch=model.branch,
-            dropout=model.dropout,
-            omics_embedding=omics.features,
-            omics_hidden=omics.hidden_features,
-            omics_dropout=omics.dropout,
-            **graph,
-        )
+        return BatchDistillation(in_features, num_classes, match=model.match, **both, **slide)
     return MoMKD(
         in_features,
         num_classes,
-        omics_features=omics_features,
-        encoder=model.encoder,
         pooling=model.pooling,
-        branch=model.branch,
-        hidden_features=model.hidden_features,
-        gate_features=model.gate_features,
-        projection_features=model.projection_features,
         shared_projector=model.shared_projector,
         slots=memory.slots,
-        update="gradient" if memory.update == "gradient" else "momentum",
         adaptive=memory.adaptive,
+        update="gradient" if memory.update == "gradient" else "momentum",
         rows=memory.rows,
         rho=memory.rho,
         temperature=model.temperature,
-        dropout=model.dropout,
         margin=loss.margin,
         tau=loss.tau,
         beta=loss.beta,
         assignment_tau=loss.assignment_tau if loss.assignment > 0 else None,
         coupled=memory.coupled,
-        omics_embedding=omics.features,
-        omics_hidden=omics.hidden_features,
-        omics_dropout=omics.dropout,
-        **graph,
+        **both,
+        **slide,
     )
 
 

@@ -13,6 +13,7 @@
 
 #include "cpu/ema_scatter_rows.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 
 namespace momkd {
 namespace {
@@ -21,20 +22,6 @@ constexpr int64_t kAheadBytes = 8192;
 constexpr double kEps = 1e-12;
 constexpr double kCancelled = 1e-5;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
-
-// An uninitialised array on a cache-line boundary.
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : storage_(new float[static_cast<size_t>(count) + kLanes]) {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-    data_ = storage_.get() + (-address % (4 * kLanes)) / 4;
-  }
-  float *get() const { return data_; }
-
- private:
-  std::unique_ptr<float[]> storage_;
-  float *data_;
-};
 
 // The slots of each class as unit columns, in the order of the kernels: (C, S, padded K), with a bias row
 // (padded K) that rules out the padding.
@@ -58,7 +45,7 @@ struct Bank {
   float *of(int64_t label) const { return columns.get() + label * s * padded_k; }
 
   int64_t s, padded_k;
-  Buffer columns, bias;
+  Buffer<float> columns, bias;
 };
 
 // How the rows are cut: by sizes alone, never by the number of threads, so that sums are the same for any
@@ -238,7 +225,7 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
   const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), chunks.count));
   std::vector<Walker> walkers;  // made here: nothing may throw inside the parallel region
   for (int i = 0; i < workers; ++i) walkers.emplace_back(c, s, rows.type != RowType::float32);
-  const Buffer partial_sums(chunks.count * slots * s);
+  const Buffer<float> partial_sums(chunks.count * slots * s);
   const std::unique_ptr<double[]> partial_mass(new double[static_cast<size_t>(chunks.count * slots)]);
 
 #pragma omp parallel num_threads(workers) if (workers > 1)
@@ -301,7 +288,7 @@ void ema_apply(float *memory, float *usage, const float *sums, const float *mass
 
 void ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
                  int32_t *assignments, int threads) {
-  const Buffer sums(c * k * rows.s), mass(c * k);
+  const Buffer<float> sums(c * k * rows.s), mass(c * k);
   ema_accumulate(rows, memory, c, k, threads, sums.get(), mass.get(), assignments);
   ema_apply(memory, usage, sums.get(), mass.get(), c, k, rows.s, momentum, threads);
 }

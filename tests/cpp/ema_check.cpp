@@ -19,7 +19,7 @@ void expect(bool fine, const char *what, int64_t n, int64_t c, int64_t k, int64_
 
 int main() {
   for (int64_t count : {0, 1, 15, 16, 17, 1000}) {
-    const Buffer buffer(count);
+    const Buffer<float> buffer(count);
     expect(reinterpret_cast<uintptr_t>(buffer.get()) % 64 == 0, "a buffer off its cache line", count, 0, 0,
            0);
     std::fill_n(buffer.get(), count, 1.0f);  // a sanitizer sees where it ends
