@@ -210,7 +210,7 @@ def plot_intervals(
                 if low is not None and high is not None:
                     ax.plot([low, high], [y, y], color=colour, linewidth=1.6)
                 ax.plot(middle, y, color=colour, marker=MARKERS[n % len(MARKERS)], markersize=5, linestyle="")
-        ax.set_xlabel(_plain(label))
+    figure.supxlabel(_plain(label), fontsize=10)
     axes[0].set_yticks([at[arm] for arm in arms], labels)
     axes[0].set_ylim(heights.sum() + 0.2, -0.2)
     if len(series) > 1:
@@ -218,7 +218,7 @@ def plot_intervals(
             Line2D([], [], color=COLOURS[n % len(COLOURS)], marker=MARKERS[n % len(MARKERS)], label=_plain(name))
             for n, name in enumerate(series)
         ]
-        figure.legend(handles=marks, loc="outside lower right", frameon=False, fontsize=9, ncols=len(series))
+        figure.legend(handles=marks, loc="outside upper right", frameon=False, fontsize=9, ncols=len(series))
     if title:
         figure.suptitle(_plain(title), fontsize=11)
     return _save(figure, path)

@@ -20,6 +20,9 @@ from momkd.study.run import Study
 _PARTS = {"test": "Internal test (cross-validation)", "external": "External cohort"}
 
 
+_STYLE = "td { white-space: nowrap; }\nh2 { font-size: 1.15rem; margin-top: 2.5rem; }\n"
+
+
 class _Section(NamedTuple):
     """A table of one task."""
 
@@ -51,15 +54,15 @@ def write_study_report(study: Study, results: pd.DataFrame) -> Path:
     sections, told = _sections(results), _conditions(study, results)
     title = "Study of distillation arms"
     blocks = [f"# {title}", f"> **Note:** {markdown_text(study.cohort.note)}", *map(markdown_text, told)]
+    blocks += [f"![{markdown_text(text)}]({path.name})\n\n{markdown_text(text)}" for path, text in figures]
     for section in sections:
         blocks += [f"## {markdown_text(section.title)}", markdown_table(section.head, section.body)]
-    blocks += [f"![{markdown_text(text)}]({path.name})\n\n{markdown_text(text)}" for path, text in figures]
     write_text(study.out / "report.md", "\n\n".join(blocks) + "\n")
     body = [page.note(study.cohort.note), *map(page.paragraph, told)]
+    body += [page.figure(path, text, text) for path, text in figures]
     for section in sections:
         body += [f"<h2>{page.text(section.title)}</h2>", page.table(section.head, section.body)]
-    body += [page.figure(path, text, text) for path, text in figures]
-    write_text(study.out / "index.html", page.page(title, body))
+    write_text(study.out / "index.html", page.page(title, body, style=_STYLE))
     return study.out / "index.html"
 
 
@@ -82,7 +85,7 @@ def _conditions(study: Study, results: pd.DataFrame) -> list[str]:
     seeds, settings = int(results["seeds"].max()), ", ".join(study.settings)
     splits = "as given" if study.cohort.splits else "made by case, stratified by the task, anew for each seed"
     told = [
-        f"{seeds} seeds; splits {splits}. Every arm is trained by the same loop"
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}; splits {splits}. Every arm is trained by the same loop"
         + (f", with {settings}." if settings else ", with the defaults of its preset."),
         "In brackets: 95 % intervals from resampling patients, jointly for all folds and seeds. ECE and Brier score "
         "are of the probabilities as they come from class-balanced training, not recalibrated.",
@@ -98,7 +101,7 @@ def _sections(results: pd.DataFrame) -> list[_Section]:
     sections = []
     for (task, part), rows in results.groupby(["task", "part"], sort=False):
         compared = "difference" in rows and rows["difference"].notna().any()
-        head = ["Arm", "AUC", *(["AUC of the reference minus that"] if compared else []), "AUPRC", "ECE", "Brier"]
+        head = ["Arm", "AUC", *(["Reference minus arm"] if compared else []), "AUPRC", "ECE", "Brier"]
         body = []
         for row in rows.to_dict("records"):
             cells = [str(row["title"]), estimate_text(_value(row, "auc"))]
