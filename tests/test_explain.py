@@ -355,6 +355,7 @@ def test_the_page_loads_nothing_and_says_all(made: Explained) -> None:
     assert len(re.findall("<h4>Class [01], slot [0-3]</h4>", source)) == 8
     assert "Everything here is simulated" in page.text
     assert "prototypes of class 1, and not like those of class 0" in page.text
+    assert "and to those that a gate, which was learnt with the model, prefers" in page.text
 
 
 def test_names_are_only_names(run: Run, own_cohort: SimulatedCohort, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Content:
     classes: Sequence[str]
     branches: bool  # one attention a class
     guided: bool  # by the memory
+    gated: bool  # by a gate
     chosen: str  # which slides are shown
     cards: Sequence[SlideCard]
     memory: Memory | None
@@ -106,7 +107,8 @@ def _guide(content: Content) -> list[str]:
         like = f"prototypes of class {classes[1]}, and not like those of class {classes[0]}"
         if content.branches:
             like = "prototypes of the class, and not like those of the others"
-        lines.append(f"Attention goes to patches that look like {like}.")
+        beside = ", and to those that a gate, which was learnt with the model, prefers" if content.gated else ""
+        lines.append(f"Attention goes to patches that look like {like}{beside}.")
     if content.memory is not None:
         lines.append(
             "The patches nearest to a prototype show what it stands for; the nearest is first, and cosine 1 is the "

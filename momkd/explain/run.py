@@ -228,6 +228,6 @@ def _write(folder: Path, view: View, table: pd.DataFrame, cards: Sequence[SlideC
         "of. All slides are in slides.csv."
     )
     title = f"Explanation of {name}, fold {view.fold}"
-    seen = (view.run.info.label, view.classes, view.branches, view.guided)
+    seen = (view.run.info.label, view.classes, view.branches, view.guided, view.gated)
     content = Content(title, *seen, chosen, cards, memory, view.notes)
     write_text(folder / "index.html", index_html(content, folder))

@@ -81,8 +81,13 @@ class View:
 
     @property
     def guided(self) -> bool:
-        """Whether a memory guides the attention."""
-        return self.run.config.model.kind == "momkd" and self.run.config.model.pooling == "memory"
+        """Whether a memory guides the attention, alone or beside a gate."""
+        return self.run.config.model.kind == "momkd" and self.run.config.model.pooling != "gated"
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate does, alone or beside a memory."""
+        return self.run.config.model.kind != "momkd" or self.run.config.model.pooling != "memory"
 
     @property
     def slots(self) -> int:
