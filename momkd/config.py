@@ -104,6 +104,9 @@ class LossConfig:
     reconstruction: float = _number(0.05, 0, 1000, "weight of the reconstruction of the profile")
     assignment: float = _number(0.0, 0, 1000, "weight of the assignment to slots that genomics teach; 0: none")
     assignment_tau: float = _number(10.0, 1e-3, 1e4, "sharpness of that assignment")
+    pairing: float = _number(
+        0.0, 0, 1000, "weight of the distance of a slide to its own genomics, which don't move; 0: none"
+    )
     alignment: float = _number(0.2, 0, 1000, "weight of what distill matches")
     teacher: float = _number(0.5, 0, 1000, "weight of the cross-entropy of the genomics in distill")
     margin: float = _number(0.3, -2, 2, "of the soft-angle losses, in units of cosine")

@@ -83,6 +83,7 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         tau=loss.tau,
         beta=loss.beta,
         assignment_tau=loss.assignment_tau if loss.assignment > 0 else None,
+        paired=loss.pairing > 0,
         coupled=memory.coupled,
         **both,
         **slide,

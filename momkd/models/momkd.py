@@ -75,6 +75,7 @@ class MoMKD(MILModel):
         dropout: in the classifier.
         margin, tau, beta: of the soft-angle losses.
         assignment_tau: sharpness of the soft assignment to slots that a slide learns from its genomics; None: none.
+        paired: a slide is drawn to its own genomics too, which get no gradient from it.
         coupled: one soft-angle loss of the mean of both projections takes the place of the two, so that gradients cross
             from one modality to the other. For ablation.
         heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
@@ -115,6 +116,7 @@ class MoMKD(MILModel):
         tau: float = 5.0,
         beta: float = 20.0,
         assignment_tau: float | None = None,
+        paired: bool = False,
         coupled: bool = False,
         heads: int = 2,
         attention_dropout: float = 0.5,
@@ -128,7 +130,7 @@ class MoMKD(MILModel):
             if value not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
         self.in_features, self.rows, self.rho = in_features, rows, rho
-        self.assignment_tau, self.coupled = assignment_tau, coupled
+        self.assignment_tau, self.paired, self.coupled = assignment_tau, paired, coupled
         self.soft_angle = SoftAngleLoss(margin, tau, beta)
         graph = {"heads": heads, "attention_dropout": attention_dropout, "dropout": encoder_dropout}
         self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
@@ -200,6 +202,10 @@ class MoMKD(MILModel):
             if self.assignment_tau is not None:
                 assigned = self.memory.assignment_loss(slide, genomic, present, tau=self.assignment_tau)
                 terms["assignment"] = [Mean(assigned, present.sum())]
+            if self.paired:
+                each = (slide - genomic.detach()).square().sum(1)
+                total = torch.where(present, each, torch.zeros_like(each)).sum()
+                terms["pairing"] = [Mean(total / present.sum().clamp_min(1), present.sum())]
             if not self.coupled:
                 own = torch.where(taught, labels, torch.full_like(labels, -1))
                 terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]

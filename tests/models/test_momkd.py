@@ -62,6 +62,19 @@ def test_the_taught_assignment_reaches_histology_alone(update: str) -> None:
     assert reached(model, "assignment") == {"encoder", "patch_projector", "slide_projector", "pool"}
 
 
+def test_pairing_is_the_distance_to_ones_own_genomics() -> None:
+    model, (bags, omics) = make(paired=True, shared_projector=False), batch()
+    assert reached(model, "pairing") == {"encoder", "patch_projector", "slide_projector", "pool"}
+    made = model.training_step(bags, LABELS, omics, HAS_OMICS)
+    assert made.memory_rows is not None
+    slide, genomic = made.memory_rows.rows.split(len(SIZES))
+    want = (slide - genomic)[HAS_OMICS].double().square().sum(1).mean()
+    torch.testing.assert_close(made.losses["pairing"].double(), want, rtol=1e-5, atol=1e-6)
+    blank = torch.where(HAS_OMICS[:, None], omics, torch.full_like(omics, torch.nan))
+    assert torch.equal(model.training_step(bags, LABELS, blank, HAS_OMICS).losses["pairing"], made.losses["pairing"])
+    assert model.training_step(bags, LABELS, omics, torch.zeros_like(HAS_OMICS)).losses["pairing"] == 0
+
+
 def test_coupled_losses_cross() -> None:
     model = make(coupled=True, shared_projector=False)
     bags, omics = batch()
