@@ -203,9 +203,9 @@ class MoMKD(MILModel):
                 assigned = self.memory.assignment_loss(slide, genomic, present, tau=self.assignment_tau)
                 terms["assignment"] = [Mean(assigned, present.sum())]
             if self.paired:
-                each = (slide - genomic.detach()).square().sum(1)
-                total = torch.where(present, each, torch.zeros_like(each)).sum()
-                terms["pairing"] = [Mean(total / present.sum().clamp_min(1), present.sum())]
+                target = torch.where(present[:, None], genomic, slide).detach()
+                distance = (slide - target).square().sum() / present.sum().clamp_min(1)
+                terms["pairing"] = [Mean(distance, present.sum())]
             if not self.coupled:
                 own = torch.where(taught, labels, torch.full_like(labels, -1))
                 terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]

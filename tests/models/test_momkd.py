@@ -71,7 +71,10 @@ def test_pairing_is_the_distance_to_ones_own_genomics() -> None:
     want = (slide - genomic)[HAS_OMICS].double().square().sum(1).mean()
     torch.testing.assert_close(made.losses["pairing"].double(), want, rtol=1e-5, atol=1e-6)
     blank = torch.where(HAS_OMICS[:, None], omics, torch.full_like(omics, torch.nan))
-    assert torch.equal(model.training_step(bags, LABELS, blank, HAS_OMICS).losses["pairing"], made.losses["pairing"])
+    again = model.training_step(bags, LABELS, blank, HAS_OMICS).losses["pairing"]
+    assert torch.equal(again, made.losses["pairing"])
+    again.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert model.training_step(bags, LABELS, omics, torch.zeros_like(HAS_OMICS)).losses["pairing"] == 0
 
 
