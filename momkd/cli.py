@@ -360,6 +360,12 @@ def study(
     hold_out: Annotated[
         str | None, typer.Option("--hold-out", help="COLUMN=VALUE of the labels: those rows are the external cohort.")
     ] = None,
+    instances: Annotated[
+        Path | None, typer.Option("--instances", help="CSV of slide_id, row and type: what attention should find.")
+    ] = None,
+    instance_type: Annotated[
+        str | None, typer.Option("--instance-type", help="The type among them that matters.")
+    ] = None,
     site: Annotated[str | None, typer.Option("--site", help="Column of hospitals, to simulate slides.")] = None,
     dial: Annotated[
         list[str] | None, typer.Option("--dial", help="name=value of momkd simulate, where slides are simulated.")
@@ -398,6 +404,8 @@ def study(
         splits=splits,
         external=(external_features, external_labels),
         held_out=hold_out,
+        instances=instances,
+        instance_type=instance_type,
         site=site,
         dials=dial or (),
         seeds=seeds,

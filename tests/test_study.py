@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,8 @@ from momkd.data.omics import Omics, read_omics
 from momkd.data.slides import read_slide
 from momkd.errors import InputError
 from momkd.experiment import _share_of
+from momkd.predict import predict_run
+from momkd.runs import Run
 from momkd.simulate import SimulatedCohort, SimulationConfig
 from momkd.simulate.semisynthetic import simulate_slides
 from momkd.study import (
@@ -29,6 +32,7 @@ from momkd.study import (
     study_results,
     write_study_report,
 )
+from momkd.study.attention import attention_table
 
 TINY = (
     *("train.epochs=2", "model.hidden_features=8", "model.gate_features=4", "model.projection_features=4"),
@@ -46,6 +50,7 @@ def finished(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFact
         tiny_cohort.omics,
         external_features=tiny_cohort.external.features,
         external_labels=tiny_cohort.external.labels,
+        instances=(tiny_cohort.instances, "tumour"),
         note="Tiny and simulated.",
     )
     arms = tuple(choose_arms(["abmil", "momkd", "mse", "omics"], ["k3=memory.slots=3"]))
@@ -124,6 +129,35 @@ def test_the_report_says_what_the_data_are(finished: Study, tmp_path: Path) -> N
     assert "https:" not in page
     assert page.count('<img src="data:image/png;base64,') == 2
     pd.testing.assert_frame_equal(pd.read_csv(finished.out / "results.csv"), results, check_dtype=False)
+
+
+def test_attention_is_compared_with_the_truth(finished: Study, tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    results = study_results(finished, bootstrap=10).set_index(["arm", "part"])
+    assert np.isnan(results.loc[("omics", "test"), "attention_auc"])
+    run, fold = Run(finished.out / "runs" / "label" / "momkd" / "seed_0"), 1
+    table = pd.read_csv(run.folder / "attention.csv", dtype={"slide_id": str})
+    found = [_attention_of(finished, seed).groupby("fold")["attention_auc"].mean() for seed in range(2)]
+    assert results.loc[("momkd", "test"), "attention_auc"] == pytest.approx(np.mean(found))
+    own = table[table["fold"] == fold]
+    test = pd.read_csv(run.fold(fold) / "predictions.csv", dtype={"slide_id": str})
+    assert set(own["slide_id"]) == set(test.loc[(test["part"] == "test") & (test["label"] == 1), "slide_id"])
+    predict_run(run, tiny_cohort.features, tmp_path / "p.csv", attention=tmp_path / "a", folds=[fold])
+    truth = pd.read_csv(tiny_cohort.instances)
+    slide = own["slide_id"].iloc[0]
+    with h5py.File(tmp_path / "a" / f"{slide}.h5") as file:
+        attention = file["attention"][:, 0]
+    is_tumour = truth.loc[truth["slide_id"] == slide].sort_values("row")["type"] == "tumour"
+    assert own["attention_auc"].iloc[0] == pytest.approx(roc_auc_score(is_tumour, attention))
+    with pytest.raises(InputError, match="expected patches of type 'tumor', got background, immune, stroma, tumour"):
+        attention_table(run, tiny_cohort.features, tiny_cohort.instances, "tumor")
+    short = tmp_path / "short.csv"
+    truth[truth["row"] > 0].to_csv(short, index=False)
+    with pytest.raises(InputError, match="expected rows 0 to"):
+        attention_table(run, tiny_cohort.features, short, "tumour")
+
+
+def _attention_of(study: Study, seed: int) -> pd.DataFrame:
+    return pd.read_csv(study.out / "runs" / "label" / "momkd" / f"seed_{seed}" / "attention.csv")
 
 
 # -- cohorts -----------------------------------------------------------------------------------------------------
@@ -233,6 +267,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--features=x", "--labels=y", "--dial=slides=20"], "expected --dial where slides are simulated"),
         (["--external-labels=y"], "expected --external-features and --external-labels together"),
         (["--hold-out=a=b", "--splits=x"], "expected --hold-out alone"),
+        (["--instances=x"], "expected --instances and --instance-type with --features"),
     ],
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:

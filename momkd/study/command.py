@@ -24,6 +24,8 @@ def study_of(
     splits: Path | None,
     external: tuple[Path | None, Path | None],
     held_out: str | None,
+    instances: Path | None,
+    instance_type: str | None,
     site: str | None,
     dials: Sequence[str],
     seeds: int,
@@ -41,10 +43,13 @@ def study_of(
         raise InputError("study: expected --external-features and --external-labels together, got one; give both")
     if held_out is not None and (external[0] is not None or splits is not None):
         raise InputError("study: expected --hold-out alone, got also --external-features or --splits; choose one")
+    if (instances is None) != (instance_type is None) or (instances is not None and features is None):
+        raise InputError("study: expected --instances and --instance-type with --features, got some; give all or none")
     turned = _dials(dials)
     if features is not None and labels is not None:
         named = tuple(tasks) or (read_labels(labels).name,)
-        cohort = StudyCohort(features, labels, named, omics, splits, *external)
+        truth = None if instances is None or instance_type is None else (instances, instance_type)
+        cohort = StudyCohort(features, labels, named, omics, splits, *external, truth)
     elif omics is not None and labels is not None:
         if not tasks:
             raise InputError("study: expected --label, the columns that are tasks, got none; name one or more")

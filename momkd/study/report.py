@@ -102,13 +102,18 @@ def _sections(results: pd.DataFrame) -> list[_Section]:
     for (task, part), rows in results.groupby(["task", "part"], sort=False):
         compared = "difference" in rows and rows["difference"].notna().any()
         head = ["Arm", "AUC", *(["Reference minus arm"] if compared else []), "AUPRC", "ECE", "Brier"]
+        attended = "attention_auc" in rows and rows["attention_auc"].notna().any()
+        head += ["Attention AUC"] if attended else []
         body = []
         for row in rows.to_dict("records"):
             cells = [str(row["title"]), estimate_text(_value(row, "auc"))]
             if compared:
                 told = estimate_text(_value(row, "difference"), sign=True)
                 cells.append("reference" if pd.isna(row["difference"]) else told)  # it has none to itself
-            body.append([*cells, estimate_text(_value(row, "auprc")), f"{row['ece']:.3f}", f"{row['brier']:.3f}"])
+            cells += [estimate_text(_value(row, "auprc")), f"{row['ece']:.3f}", f"{row['brier']:.3f}"]
+            if attended:
+                cells.append("–" if pd.isna(row["attention_auc"]) else f"{row['attention_auc']:.3f}")
+            body.append(cells)
         sections.append(_Section(f"{task}: {_PARTS[str(part)]}, {int(rows['patients'].max())} patients", head, body))
     return sorted(sections, key=lambda s: _PARTS["external"] in s.title)
 

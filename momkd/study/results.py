@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from momkd.errors import InputError
@@ -16,7 +17,7 @@ from momkd.metrics import calibration, evaluate_predictions, paired_difference
 from momkd.predictions import read_predictions
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.study.arms import REFERENCE
-from momkd.study.run import Cell, Study
+from momkd.study.run import ATTENTION, Cell, Study
 
 PARTS = ("test", "external")
 RANKING = ("auc", "auprc")
@@ -33,8 +34,9 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
 
     Returns:
         Columns task, arm, title, part ("test" or "external"), seeds, folds, patients; auc and auprc, each with _low and
-        _high; ece, brier; difference, difference_low, difference_high: AUC of the reference minus that of the arm, on
-        the slides that both predicted.
+        _high; ece, brier; attention_auc, the mean over test slides of the last class, then over folds and seeds, where
+        the truth about patches is known; difference, difference_low, difference_high: AUC of the reference minus that
+        of the arm, on the slides that both predicted.
 
     Raises:
         InputError: no cell is finished.
@@ -63,6 +65,8 @@ def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 
                     found = metrics[part][metric]
                     row |= {metric: found["estimate"], f"{metric}_low": found["low"], f"{metric}_high": found["high"]}
                 row |= calibration(own, classes)
+                if part == "test" and (found_by := _attention(by_arm[name])) is not None:
+                    row["attention_auc"] = found_by
                 if name != compared:
                     row |= _advantage(tables[compared][0], table, classes, part, bootstrap, (compared, name))
                 rows.append(row)
@@ -82,6 +86,12 @@ def _predictions(cells: Sequence[Cell]) -> tuple[pd.DataFrame, list[str]]:
                 table = read_predictions(cell.folder / name)
                 parts.append(table.assign(fold=table["fold"] + cell.seed * folds))
     return pd.concat(parts, ignore_index=True), classes
+
+
+def _attention(cells: Sequence[Cell]) -> float | None:
+    tables = [pd.read_csv(cell.folder / ATTENTION) for cell in cells if (cell.folder / ATTENTION).is_file()]
+    means = [rows["attention_auc"].mean() for table in tables for _, rows in table.groupby("fold")]
+    return float(np.mean(means)) if means else None
 
 
 def _advantage(

@@ -5,7 +5,7 @@ OUT/
     cohort/                     simulated slides, where none were given
     splits/TASK/seed_S/         made by case, stratified by the task, anew for each seed (where none were given)
     external.csv                rows of the labels that were held out
-    runs/TASK/ARM/seed_S/       a run of `momkd train` each
+    runs/TASK/ARM/seed_S/       a run of `momkd train` each, and attention.csv where patches have a truth
     results.csv, report.md, index.html, *.png
 """
 
@@ -35,7 +35,9 @@ from momkd.simulate import SimulationConfig, simulate
 from momkd.simulate import semisynthetic as semi
 from momkd.simulate.write import NOTE as SIMULATED
 from momkd.study.arms import Arm
+from momkd.study.attention import attention_table
 
+ATTENTION = "attention.csv"
 REAL = "Real slides and labels, as given."
 
 
@@ -48,6 +50,8 @@ class StudyCohort:
         tasks: columns of the labels.
         splits: folder of splits for every seed; None makes them, anew for each seed.
         external_features, external_labels: of other hospitals, with the same columns of labels.
+        instances: CSV of slide_id, row and type, the truth about patches, and the type that attention should find; the
+            attention of every arm is then compared with it.
         note: what data these are; it stands over every table.
     """
 
@@ -58,6 +62,7 @@ class StudyCohort:
     splits: Path | None = None
     external_features: Path | None = None
     external_labels: Path | None = None
+    instances: tuple[Path, str] | None = None
     note: str = REAL
 
 
@@ -107,8 +112,11 @@ class Study:
 
     def finished(self, cell: Cell) -> bool:
         """Whether a cell has its predictions, of other hospitals too where there are some."""
-        external = self.cohort.external_features is not None and cell.arm.slides
-        return (cell.folder / "metrics.json").is_file() and (not external or (cell.folder / EXTERNAL).is_file())
+        wanted = ["metrics.json"]
+        if cell.arm.slides:
+            wanted += [EXTERNAL] if self.cohort.external_features is not None else []
+            wanted += [ATTENTION] if self.cohort.instances is not None else []
+        return all((cell.folder / name).is_file() for name in wanted)
 
 
 # -- cohorts -----------------------------------------------------------------------------------------------------
@@ -127,6 +135,7 @@ def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
         out / "omics.csv",
         external_features=external and external / "features",
         external_labels=external and external / "labels.csv",
+        instances=(out / "instances.csv", "tumour"),
         note=SIMULATED,
     )
 
@@ -220,7 +229,11 @@ def run_study(
 
 
 def _check_same(study: Study) -> None:
-    """Write down what is studied; in a folder of another study, say what differs. Arms and seeds may be added."""
+    """Write down what is studied; in a folder of another study, say what differs.
+
+    Tasks, arms, seeds and the truth about patches may be added.
+    """
+    added = ("tasks", "instances")
     facts = {
         **{
             name: None if value is None else str(value) for name, value in vars(study.cohort).items() if name != "tasks"
@@ -286,3 +299,5 @@ def _run_cell(study: Study, cell: Cell, device: str | None) -> None:
         evaluate_external(
             Run(run.folder), cohort.external_features, cohort.external_labels, label=cell.task, device=device
         )
+    if cohort.instances is not None and arm.slides:
+        write_csv(cell.folder / ATTENTION, attention_table(run, cohort.features, *cohort.instances, device=device))

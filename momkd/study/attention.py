@@ -1,0 +1,66 @@
+"""How well the attention of a run finds the patches that are known to matter: `momkd study --instances`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from momkd.errors import InputError
+from momkd.inference import autocast, open_slides, pick_device
+from momkd.metrics import attention_auc
+from momkd.predictions import read_predictions
+from momkd.runs import PREDICTIONS, Run
+
+
+def attention_table(
+    run: Run, features: Path | str, instances: Path | str, kind: str, *, device: str | None = None
+) -> pd.DataFrame:
+    """Attention AUC of every test slide of the last class: patches of type `kind` against all others.
+
+    Args:
+        run: a finished run.
+        features: as for training.
+        instances: CSV of slide_id, row (of the features) and type; slides that it does not name are left out.
+        kind: the type that counts as positive.
+        device: as for training.
+
+    Returns:
+        Columns fold, slide_id, attention_auc; slides of one kind of patch have none and are left out.
+
+    Raises:
+        InputError: no column of those three, no such type, or other rows than the features have.
+    """
+    truth = pd.read_csv(instances, dtype={"slide_id": str, "type": str})
+    if missing := {"slide_id", "row", "type"} - set(truth.columns):
+        raise InputError(f"{instances}: expected columns slide_id, row, type, got no {min(missing)!r}; name them so")
+    if kind not in set(truth["type"]):
+        known = ", ".join(sorted(truth["type"].dropna().unique())[:8])
+        raise InputError(f"{instances}: expected patches of type {kind!r}, got {known}; name one of them")
+    known_slides = {str(slide): rows.sort_values("row") for slide, rows in truth.groupby("slide_id")}
+    where = pick_device(device)
+    _, loader = open_slides(run, features, where)
+    place = {slide: n for n, slide in enumerate(loader.slide_ids)}
+    rows = []
+    for fold in run.info.folds:
+        predicted = read_predictions(run.fold(fold) / PREDICTIONS)
+        test = predicted[(predicted["part"] == "test") & (predicted["label"] == run.num_classes - 1)]
+        wanted = [slide for slide in test["slide_id"] if slide in known_slides]
+        model = run.load_model(fold, where)
+        for batch in loader.batches([[place[slide]] for slide in wanted]):
+            (slide,) = batch.slide_ids
+            with torch.inference_mode(), autocast(where, run.config.train.amp):
+                attention = model(batch.bags.to(where)).attention[:, -1].float().cpu().numpy()
+            own = known_slides[slide]
+            if not np.array_equal(own["row"], np.arange(len(attention))):
+                raise InputError(
+                    f"{instances}: {slide}: expected rows 0 to {len(attention) - 1} once each, got {len(own)}; a row "
+                    "stands for a patch of the features"
+                )
+            auc = attention_auc(attention, (own["type"] == kind).to_numpy(np.int64))
+            if auc is not None:
+                rows.append({"fold": fold, "slide_id": slide, "attention_auc": auc})
+    table: pd.DataFrame = pd.DataFrame(rows, columns=["fold", "slide_id", "attention_auc"])
+    return table
