@@ -235,9 +235,7 @@ def _check_same(study: Study) -> None:
     """
     added = ("tasks", "instances")
     facts = {
-        **{
-            name: None if value is None else str(value) for name, value in vars(study.cohort).items() if name != "tasks"
-        },
+        **{n: value and str(value) for n, value in vars(study.cohort).items() if n not in added},
         "folds": study.folds,
         "settings": list(study.settings),
     }
