@@ -29,6 +29,7 @@ from momkd.study import (
     hold_out,
     run_study,
     semisynthetic_cohort,
+    simulated_cohort,
     study_results,
     write_study_report,
 )
@@ -115,6 +116,11 @@ def test_a_folder_of_another_study_is_refused(finished: Study) -> None:
     other = Study(finished.out, finished.cohort, finished.arms, 1, 2, (*TINY, "train.epochs=3"))
     with pytest.raises(InputError, match="expected a study with settings="):
         run_study(other)
+    arms = tuple(choose_arms(["abmil"], ["k3=memory.slots=4"]))  # its runs are there, with 3 slots
+    with pytest.raises(InputError, match=r"expected a study with arm k3=.*slots=3.* as it began, got .*slots=4"):
+        run_study(Study(finished.out, finished.cohort, arms, 1, 2, TINY))
+    run_study(Study(finished.out, finished.cohort, arms[:1], 2, 2, TINY))  # fewer arms; the others are not forgotten
+    assert "k3" in json.loads((finished.out / "study.json").read_text())["arms"]
 
 
 def test_the_report_says_what_the_data_are(finished: Study, tmp_path: Path) -> None:
@@ -201,6 +207,41 @@ def test_slides_show_the_programs_of_their_patient(tmp_path: Path) -> None:
     assert "simulated" in (tmp_path / "1.0" / "README.txt").read_text()
 
 
+def test_more_programs_than_a_slide_has_dimensions(tmp_path: Path) -> None:
+    omics, config = expression(30), SimulationConfig(programs=12, features=8, patches=20, patches_max=20)
+    out = simulate_slides(tmp_path / "out", omics, pd.DataFrame({"y": ["0"] * 30}, index=omics.table.index), config)
+    assert len(list((out / "features").iterdir())) == 30
+
+
+def test_slides_of_other_tables_are_not_taken_for_these(tmp_path: Path) -> None:
+    omics = expression(30)
+    omics.table.to_csv(tmp_path / "omics.csv")
+    labels = pd.DataFrame({"case_id": omics.table.index, "y": ["0", "1"] * 15, "site": ["a", "b", "c"] * 10})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    files = tmp_path / "cohort", tmp_path / "omics.csv", tmp_path / "labels.csv"
+    dials = {"programs": 4, "patches": 20, "patches_max": 20, "features": 8}
+    made = semisynthetic_cohort(*files, ["y"], dials)
+    assert semisynthetic_cohort(*files, ["y"], dials) == made
+    for change in ("site", "labels", "omics"):
+        if change == "labels":
+            labels.assign(y="1").to_csv(tmp_path / "labels.csv", index=False)
+        if change == "omics":
+            labels.to_csv(tmp_path / "labels.csv", index=False)
+            (omics.table + 1).to_csv(tmp_path / "omics.csv")
+        with pytest.raises(
+            InputError,
+            match="expected the expression, labels and --site that its slides were simulated from, got others",
+        ):
+            semisynthetic_cohort(*files, ["y"], dials, site="site" if change == "site" else None)
+    with pytest.raises(InputError, match="simulated from, got others"):
+        simulated_cohort(tmp_path / "cohort", {**dials, "genes": 500})
+    with pytest.raises(InputError, match="expected a column 'z', got 'case_id', 'y', 'site'"):
+        semisynthetic_cohort(tmp_path / "new", *files[1:], ["z"], dials)
+    pd.concat([labels, labels]).to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(InputError, match="expected a row for each case_id, got 'P000' again"):
+        semisynthetic_cohort(tmp_path / "new", *files[1:], ["y"], dials)
+
+
 def test_too_few_patients_for_the_programs(tmp_path: Path) -> None:
     omics = expression(5)
     with pytest.raises(InputError, match="expected more cases with labels than programs=24, got 5"):
@@ -215,8 +256,10 @@ def test_real_expression(shared_data: Path, tmp_path: Path) -> None:
     cohort = semisynthetic_cohort(tmp_path / "cohort", *files, ["HER2", "PR"], dials, site="site")
     again = semisynthetic_cohort(tmp_path / "cohort", *files, ["HER2", "PR"], dials, site="site")
     assert again == cohort
-    with pytest.raises(InputError, match="expected slides simulated with patches=21, got patches=20"):
-        semisynthetic_cohort(tmp_path / "cohort", *files, ["HER2"], {**dials, "patches": 21, "patches_max": 21})
+    with pytest.raises(InputError, match="expected slides simulated with patches=20, got patches=21"):
+        semisynthetic_cohort(
+            tmp_path / "cohort", *files, ["HER2"], {**dials, "patches": 21, "patches_max": 21}, site="site"
+        )
     held = hold_out(cohort, tmp_path, "site_fold", "3")
     inside, outside = (pd.read_csv(path) for path in (held.labels, held.external_labels or ""))
     assert len(inside) == 628
@@ -267,6 +310,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--features=x", "--labels=y", "--dial=slides=20"], "expected --dial where slides are simulated"),
         (["--external-labels=y"], "expected --external-features and --external-labels together"),
         (["--hold-out=a=b", "--splits=x"], "expected --hold-out alone"),
+        (["--features=x", "--labels=gone.csv", "--label=y", "--hold-out=a=b"], "gone.csv: expected a CSV table"),
         (["--instances=x"], "expected --instances and --instance-type with --features"),
     ],
 )

@@ -68,8 +68,7 @@ def read_labels(path: Path | str, *, label: str | None = None, classes: Sequence
 
     lines: dict[str, int] = {}  # slide_id -> line
     for line, cells in rows:
-        if len(cells) != len(header):
-            raise InputError(f"{path}: line {line}: expected {len(header)} cells, got {len(cells)}; mend the line")
+        _check_length(path, line, cells, header)
         slide = cells[at_slide]
         if not slide or not cells[at_case]:
             raise InputError(f"{path}: line {line}: expected a slide_id and a case_id, got an empty cell; fill it in")
@@ -113,6 +112,22 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     if double := sorted({name for name in header if name and header.count(name) > 1}):
         raise InputError(f"{path}: expected each column once, got {double[0]!r} twice; rename or remove one")
     return header, rows[1:]
+
+
+def read_text_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """A small table whose cells stay text, and which must have these columns."""
+    header, rows = read_rows(path)
+    if missing := [name for name in columns if name not in header]:
+        raise InputError(f"{path}: expected a column {missing[0]!r}, got {_listed(header)}; name another")
+    for line, cells in rows:
+        _check_length(path, line, cells, header)
+    table: pd.DataFrame = pd.DataFrame([cells for _, cells in rows], columns=pd.Index(header), dtype=object)
+    return table
+
+
+def _check_length(path: Path, line: int, cells: Sequence[str], header: Sequence[str]) -> None:
+    if len(cells) != len(header):
+        raise InputError(f"{path}: line {line}: expected {len(header)} cells, got {len(cells)}; mend the line")
 
 
 def is_unnamed(column: str) -> bool:

@@ -156,3 +156,13 @@ def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Me
     each = (decoded.float() - profile.float()).square().mean(1)  # (B,)
     count = present.sum()
     return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)
+
+
+def pairing_loss(slide: Tensor, genomic: Tensor, present: Tensor) -> Mean:
+    """Squared distance of a slide's unit projection to that of its own genomics, which get no gradient.
+
+    slide and genomic (B, S); over the slides whose profile is present (B,) bool.
+    """
+    target = torch.where(present[:, None], genomic, slide).detach()  # what is absent may be NaN
+    count = present.sum()
+    return Mean((slide - target).square().sum() / count.clamp_min(1), count)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from momkd.bags import Bags
 from momkd.models.abmil import ABMIL
-from momkd.models.base import Mean, TrainingStep, classification_loss, reconstruction_loss
+from momkd.models.base import Mean, TrainingStep, classification_loss, pairing_loss, reconstruction_loss
 from momkd.models.omics import OmicsTower
 
 MATCHES = ("mse", "contrastive")
@@ -101,13 +101,11 @@ class BatchDistillation(ABMIL):
 
     def _alignment(self, slide: Tensor, genomic: Tensor, present: Tensor) -> Mean:
         """Over the cases of the batch that have a profile."""
-        count = present.sum()
         if self.match == "mse":
-            each = (slide - genomic.detach()).square().sum(1)
-        else:
-            cosines = (slide @ genomic.T) / self.temperature  # (B, B), the pairs on the diagonal
-            cosines = cosines.masked_fill(~(present[:, None] & present), -torch.inf).masked_fill(
-                torch.diag(~present), 0.0
-            )
-            each = -(cosines.log_softmax(1).diagonal() + cosines.log_softmax(0).diagonal()) / 2
+            return pairing_loss(slide, genomic, present)
+        cosines = (slide @ genomic.T) / self.temperature  # (B, B), the pairs on the diagonal
+        cosines = cosines.masked_fill(~(present[:, None] & present), -torch.inf)
+        cosines = cosines.masked_fill(torch.diag(~present), 0.0)
+        each = -(cosines.log_softmax(1).diagonal() + cosines.log_softmax(0).diagonal()) / 2
+        count = present.sum()
         return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)

@@ -26,6 +26,7 @@ from momkd.models.base import (
     classification_loss,
     encode,
     make_encoder,
+    pairing_loss,
     reconstruction_loss,
 )
 from momkd.models.omics import OmicsTower
@@ -203,9 +204,7 @@ class MoMKD(MILModel):
                 assigned = self.memory.assignment_loss(slide, genomic, present, tau=self.assignment_tau)
                 terms["assignment"] = [Mean(assigned, present.sum())]
             if self.paired:
-                target = torch.where(present[:, None], genomic, slide).detach()
-                distance = (slide - target).square().sum() / present.sum().clamp_min(1)
-                terms["pairing"] = [Mean(distance, present.sum())]
+                terms["pairing"] = [pairing_loss(slide, genomic, present)]
             if not self.coupled:
                 own = torch.where(taught, labels, torch.full_like(labels, -1))
                 terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]

@@ -1,8 +1,7 @@
-"""The memory as modules: the bank of prototypes, attention guided by it, and the soft-angle loss against it."""
+"""The memory as modules: the bank of prototypes, and the soft-angle loss against it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from momkd import functional
-from momkd.bags import Bags
-from momkd.nn.pooling import GatedAttentionPool, attention_of
 
 UPDATES = ("momentum", "gradient")
 
@@ -324,85 +321,6 @@ def _beside(unit: Tensor, generator: torch.Generator | None) -> Tensor:
     noise = torch.randn(unit.shape, generator=generator)
     tangent = noise - (noise * unit).sum(-1, keepdim=True) * unit
     return nn.functional.normalize(unit + _APART * nn.functional.normalize(tangent, dim=-1), dim=-1)
-
-
-class MemoryGuidedPool(nn.Module):
-    """Attention that follows a memory, with a temperature that is learnt: τ = clamp(exp θ, 0.01, 2).
-
-    Args:
-        temperature: τ at the start.
-        branch: "positive" or "per_class", see `momkd.functional.memory_guided_pool`.
-
-    Source: MoMKD (arXiv 2602.21395), memory-guided attention.
-
-    Example:
-        >>> bags, bank = momkd.Bags.from_list([torch.randn(5, 32)]), momkd.nn.MemoryBank(2, 4, 8)
-        >>> pooled, attention, slots = momkd.nn.MemoryGuidedPool()(torch.randn(5, 8), bags, bank.memory)
-        >>> pooled.shape
-        torch.Size([1, 1, 32])
-    """
-
-    LOWEST, HIGHEST = 0.01, 2.0
-
-    def __init__(self, temperature: float = 0.2, *, branch: str = "positive") -> None:
-        super().__init__()
-        if not self.LOWEST <= temperature <= self.HIGHEST:
-            raise ValueError(f"temperature: expected {self.LOWEST} to {self.HIGHEST}, got {temperature}")
-        self.log_tau = nn.Parameter(torch.tensor(math.log(temperature)))
-        self.branch = branch
-
-    @property
-    def temperature(self) -> Tensor:
-        return self.log_tau.exp().clamp(self.LOWEST, self.HIGHEST)
-
-    def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (N, S), bags of N rows of width L, memory (C, K, S) -> pooled (B, H, L), attention (N, H), slots (N, C)."""
-        return functional.memory_guided_pool(
-            z, bags.features, memory, bags.offsets, self.temperature, branch=self.branch
-        )
-
-
-class GatedMemoryPool(MemoryGuidedPool):
-    """Attention by a gate and a memory together: the scores of both are added before the softmax.
-
-    score_ih = gate_ih + (memory score of `MemoryGuidedPool`)_ih. While the memory is zero the gate is alone.
-
-    Args:
-        in_features: L, the width of a patch feature.
-        hidden_features: D, the width of the gate.
-        heads: H, branches: 1, or with branch="per_class" C.
-        temperature, branch: as in `MemoryGuidedPool`; a memory of C > 2 classes wants "per_class".
-
-    Example:
-        >>> bags, bank = momkd.Bags.from_list([torch.randn(5, 32)]), momkd.nn.MemoryBank(2, 4, 8)
-        >>> pooled, attention, slots = momkd.nn.GatedMemoryPool(32, 16)(torch.randn(5, 8), bags, bank.memory)
-        >>> pooled.shape
-        torch.Size([1, 1, 32])
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int = 256,
-        heads: int = 1,
-        temperature: float = 0.2,
-        *,
-        branch: str = "positive",
-    ) -> None:
-        super().__init__(temperature, branch=branch)
-        self.gate = GatedAttentionPool(in_features, hidden_features, heads)
-
-    def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
-        if self.branch == "positive" and s.shape[1] == 2:
-            s = s[:, 1:] - s[:, :1]
-        else:
-            top, best = s.topk(2, dim=1)
-            others = torch.where(best[:, :1] == torch.arange(s.shape[1], device=s.device), top[:, 1:], top[:, :1])
-            s = s - others
-        scores = self.gate.scores(bags) + s / self.temperature
-        pooled = functional.attention_pool(bags, scores)
-        return pooled, attention_of(scores, bags.offsets), slots
 
 
 class SoftAngleLoss(nn.Module):

@@ -30,8 +30,8 @@ def _rivals(similarity: Tensor) -> tuple[Tensor, Tensor]:
     return top, index
 
 
-def _margins(similarity: Tensor, per_class: bool) -> Tensor:
-    """(N, C) similarities -> (N, H) differences: H = C per class, else 1."""
+def margins(similarity: Tensor, per_class: bool) -> Tensor:
+    """(N, C) similarities -> (N, H) differences before the temperature: H = C per class, else 1."""
     if per_class:
         return similarity - _rivals(similarity)[0]
     return similarity[:, 1:2] - similarity[:, 0:1]
@@ -46,7 +46,7 @@ def memory_guided_pool(
     """
     dtype = accumulate_dtype(values.dtype)
     similarity, slots = memory_similarity(z.to(dtype), memory.detach())
-    scores = _margins(similarity, per_class) / temperature.to(dtype)
+    scores = margins(similarity, per_class) / temperature.to(dtype)
     attention = segment_softmax(scores, softmax_stats(scores, offsets), offsets)
     return weighted_sum(attention, values.to(dtype), offsets).to(values.dtype), attention, slots
 
@@ -80,7 +80,7 @@ def memory_guided_pool_backward(
     nearest = bank[classes, slots.long()]  # (N, C, S)
     similarity = torch.einsum("ns,ncs->nc", unit, nearest)
     if needs[2]:
-        d_temperature = -(d_scores * _margins(similarity, per_class)).sum() / t**2
+        d_temperature = -(d_scores * margins(similarity, per_class)).sum() / t**2
         d_temperature = d_temperature.reshape(temperature.shape).to(temperature.dtype)
     if needs[0]:
         d_margin = d_scores / t

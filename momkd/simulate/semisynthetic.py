@@ -10,6 +10,7 @@ So a label can be seen in a slide as far as the programs tell it and as far as t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,13 +98,22 @@ def simulate_slides(
         write_csv(root / "labels.csv", table)
         write_csv(root / "instances.csv", pd.concat(tissues, ignore_index=True))
         write_text(root / "README.txt", NOTE + "\n")
-        write_json(root / MARK, {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()})
+        told = {"note": NOTE, "momkd": momkd.__version__, "config": config.as_dict()}
+        write_json(root / MARK, {**told, "from": fingerprint(omics, labels, site)})
     return shown
 
 
+def fingerprint(omics: Omics, labels: pd.DataFrame, site: str | None) -> str:
+    """What slides were simulated from, in 64 characters; another table, or another hospital column, gives another."""
+    rows = pd.util.hash_pandas_object(omics.table).to_numpy(), pd.util.hash_pandas_object(labels.astype(str)).to_numpy()
+    names = [*omics.table.columns, *labels.columns, str(site)]
+    return hashlib.sha256(b"".join(r.tobytes() for r in rows) + "\0".join(names).encode()).hexdigest()
+
+
 def _orthonormal(world: World) -> World:
-    """Programs that show independently, as far as there are dimensions: so none hides another."""
-    return replace(world, programs=np.linalg.qr(world.programs.T)[0].T)
+    """Programs that show independently, where there are dimensions enough: so none hides another."""
+    programs, rank = world.programs.shape
+    return replace(world, programs=np.linalg.qr(world.programs.T)[0].T) if programs <= rank else world
 
 
 def _programs(expression: NDArray[np.float64], count: int) -> NDArray[np.float64]:

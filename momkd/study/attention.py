@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from momkd.data.tables import read_text_table
 from momkd.errors import InputError
 from momkd.inference import autocast, open_slides, pick_device
 from momkd.metrics import attention_auc
@@ -33,11 +34,10 @@ def attention_table(
     Raises:
         InputError: no column of those three, no such type, or other rows than the features have.
     """
-    truth = pd.read_csv(instances, dtype={"slide_id": str, "type": str})
-    if missing := {"slide_id", "row", "type"} - set(truth.columns):
-        raise InputError(f"{instances}: expected columns slide_id, row, type, got no {min(missing)!r}; name them so")
+    truth = read_text_table(Path(instances), ["slide_id", "row", "type"])
+    truth["row"] = pd.to_numeric(truth["row"], errors="coerce")
     if kind not in set(truth["type"]):
-        known = ", ".join(sorted(truth["type"].dropna().unique())[:8])
+        known = ", ".join(sorted(set(truth["type"]))[:8])
         raise InputError(f"{instances}: expected patches of type {kind!r}, got {known}; name one of them")
     known_slides = {str(slide): rows.sort_values("row") for slide, rows in truth.groupby("slide_id")}
     where = pick_device(device)

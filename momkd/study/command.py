@@ -10,7 +10,8 @@ from momkd.data.tables import read_labels
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig
 from momkd.study.arms import Arm
-from momkd.study.run import Study, StudyCohort, hold_out, semisynthetic_cohort, simulated_cohort
+from momkd.study.cohort import StudyCohort, hold_out, semisynthetic_cohort, simulated_cohort
+from momkd.study.run import Study
 
 
 def study_of(

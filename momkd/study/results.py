@@ -21,7 +21,6 @@ from momkd.study.run import ATTENTION, Cell, Study
 
 PARTS = ("test", "external")
 RANKING = ("auc", "auprc")
-CALIBRATION = ("ece", "brier")
 
 
 def study_results(study: Study, *, reference: str = REFERENCE, bootstrap: int = 1000) -> pd.DataFrame:

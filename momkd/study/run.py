@@ -4,7 +4,7 @@ OUT/
     study.json                  what is studied; the same study goes on in the same folder
     cohort/                     simulated slides, where none were given
     splits/TASK/seed_S/         made by case, stratified by the task, anew for each seed (where none were given)
-    external.csv                rows of the labels that were held out
+    internal.csv, external.csv  the labels, where some rows were held out
     runs/TASK/ARM/seed_S/       a run of `momkd train` each, and attention.csv where patches have a truth
     results.csv, report.md, index.html, *.png
 """
@@ -14,56 +14,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import torch
 
 from momkd import env
 from momkd.data.atomic import make_folder, write_csv, write_json
-from momkd.data.omics import read_omics
 from momkd.data.splits import make_splits, write_splits
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external
 from momkd.experiment import train_run
 from momkd.runs import EXTERNAL, Run
-from momkd.simulate import SimulationConfig, simulate
-from momkd.simulate import semisynthetic as semi
-from momkd.simulate.write import NOTE as SIMULATED
 from momkd.study.arms import Arm
 from momkd.study.attention import attention_table
+from momkd.study.cohort import StudyCohort
 
 ATTENTION = "attention.csv"
-REAL = "Real slides and labels, as given."
-
-
-@dataclass(frozen=True)
-class StudyCohort:
-    """What is studied: files as for `momkd train`, the tasks, and a cohort of other hospitals if there is one.
-
-    Args:
-        features, labels, omics: as for `train_run`; omics None leaves out the arms that learn from expression.
-        tasks: columns of the labels.
-        splits: folder of splits for every seed; None makes them, anew for each seed.
-        external_features, external_labels: of other hospitals, with the same columns of labels.
-        instances: CSV of slide_id, row and type, the truth about patches, and the type that attention should find; the
-            attention of every arm is then compared with it.
-        note: what data these are; it stands over every table.
-    """
-
-    features: Path
-    labels: Path
-    tasks: tuple[str, ...]
-    omics: Path | None = None
-    splits: Path | None = None
-    external_features: Path | None = None
-    external_labels: Path | None = None
-    instances: tuple[Path, str] | None = None
-    note: str = REAL
 
 
 @dataclass(frozen=True)
@@ -119,83 +88,6 @@ class Study:
         return all((cell.folder / name).is_file() for name in wanted)
 
 
-# -- cohorts -----------------------------------------------------------------------------------------------------
-
-
-def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
-    """Slides, labels and expression simulated into `out`, unless they are there."""
-    config = SimulationConfig(**dials)
-    if not _is_there(out, config):
-        simulate(out, config)
-    external = out / "external" if config.external_slides else None
-    return StudyCohort(
-        out / "features",
-        out / "labels.csv",
-        ("label",),
-        out / "omics.csv",
-        external_features=external and external / "features",
-        external_labels=external and external / "labels.csv",
-        instances=(out / "instances.csv", "tumour"),
-        note=SIMULATED,
-    )
-
-
-def semisynthetic_cohort(
-    out: Path, omics: Path, labels: Path, tasks: Sequence[str], dials: dict[str, Any], *, site: str | None = None
-) -> StudyCohort:
-    """Slides simulated into `out` from the expression that is given, unless they are there; the labels are real."""
-    config = SimulationConfig(**{"programs": semi.PROGRAMS, **dials})
-    if not _is_there(out, config):
-        try:
-            table = pd.read_csv(labels, dtype=str, keep_default_na=False).set_index("case_id")
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{labels}: expected a CSV with a row for each case_id, got {error}; give one row a case"
-            ) from error
-        if repeated := table.index[table.index.duplicated()].tolist():
-            raise InputError(f"{labels}: expected a row for each case_id, got {repeated[0]!r} again; remove one")
-        if missing := [name for name in (*tasks, *([site] if site else [])) if name not in table.columns]:
-            raise InputError(
-                f"{labels}: expected a column {missing[0]!r}, got {', '.join(table.columns)}; name another"
-            )
-        semi.simulate_slides(out, read_omics(omics), table, config, site=site)
-    return StudyCohort(out / "features", out / "labels.csv", tuple(tasks), omics, note=semi.NOTE)
-
-
-def _is_there(out: Path, config: SimulationConfig) -> bool:
-    """Whether these slides have been simulated already."""
-    mark = out / "simulation.json"
-    if not mark.is_file():
-        return False
-    wanted, made = config.as_dict(), json.loads(mark.read_text(encoding="utf-8"))["config"]
-    del wanted["sites"]  # of real hospitals as many as there are
-    if differing := [name for name in wanted if made.get(name) != wanted[name]]:
-        name = differing[0]
-        raise InputError(
-            f"{out}: expected slides simulated with {name}={wanted[name]}, got {name}={made.get(name)}; choose another "
-            "--out or the same dials"
-        )
-    return True
-
-
-def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCohort:
-    """The rows of the labels whose `column` is `value` become the external cohort, the others remain."""
-    table = pd.read_csv(cohort.labels, dtype=str, keep_default_na=False)
-    if column not in table.columns:
-        raise InputError(f"{cohort.labels}: expected a column {column!r}, got {', '.join(table.columns)}; name another")
-    held = table[column] == value
-    if not held.any() or held.all():
-        raise InputError(
-            f"hold-out: expected some rows with {column}={value}, got {int(held.sum())} of {len(table)}; it has "
-            f"{', '.join(sorted(set(table[column]))[:8])}"
-        )
-    make_folder(out)
-    write_csv(out / "internal.csv", table[~held])
-    write_csv(out / "external.csv", table[held])
-    changed = {"labels": out / "internal.csv", "external_labels": out / "external.csv"}
-    return StudyCohort(**{**vars(cohort), **changed, "external_features": cohort.features})
-
-
 # -- running -----------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +123,7 @@ def run_study(
 def _check_same(study: Study) -> None:
     """Write down what is studied; in a folder of another study, say what differs.
 
-    Tasks, arms, seeds and the truth about patches may be added.
+    Tasks, arms, seeds and the truth about patches may be added; what an arm's name means may not change.
     """
     added = ("tasks", "instances")
     facts = {
@@ -239,16 +131,21 @@ def _check_same(study: Study) -> None:
         "folds": study.folds,
         "settings": list(study.settings),
     }
+    arms = {arm.name: {"preset": arm.preset, "settings": list(arm.settings)} for arm in study.arms}
     path = study.out / "study.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if differing := [name for name in facts if before.get(name) != facts[name]]:
-            name = differing[0]
-            raise InputError(
-                f"{study.out}: expected a study with {name}={before.get(name)} as it began, got {facts[name]}; go on "
-                "with the same or choose another --out"
-            )
-    write_json(path, {**facts, "arms": {a.name: asdict(a) for a in study.arms}, "seeds": study.seeds})
+        known = {name: before["arms"][name] for name in arms if name in before["arms"]}
+        for name, old, new in [(n, before.get(n), facts[n]) for n in facts] + [
+            (f"arm {n}", known[n], arms[n]) for n in known
+        ]:
+            if old != new:
+                raise InputError(
+                    f"{study.out}: expected a study with {name}={old} as it began, got {new}; go on with the same or "
+                    "choose another --out"
+                )
+        arms = {**before["arms"], **arms}
+    write_json(path, {**facts, "arms": arms})
 
 
 def _make_splits(study: Study, labels: Labels, task: str, seed: int) -> None:

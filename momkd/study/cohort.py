@@ -1,0 +1,120 @@
+"""What a study is of: the user's files, or slides that are simulated, wholly or from real expression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from momkd.data.atomic import make_folder, write_csv
+from momkd.data.omics import read_omics
+from momkd.data.tables import read_text_table
+from momkd.errors import InputError
+from momkd.simulate import SimulationConfig, simulate
+from momkd.simulate import semisynthetic as semi
+from momkd.simulate.write import MARK
+from momkd.simulate.write import NOTE as SIMULATED
+
+REAL = "Real slides and labels, as given."
+
+
+@dataclass(frozen=True)
+class StudyCohort:
+    """What is studied: files as for `momkd train`, the tasks, and a cohort of other hospitals if there is one.
+
+    Args:
+        features, labels, omics: as for `train_run`; omics None leaves out the arms that learn from expression.
+        tasks: columns of the labels.
+        splits: folder of splits for every seed; None makes them, anew for each seed.
+        external_features, external_labels: of other hospitals, with the same columns of labels.
+        instances: CSV of slide_id, row and type, the truth about patches, and the type that attention should find; the
+            attention of every arm is then compared with it.
+        note: what data these are; it stands over every table.
+    """
+
+    features: Path
+    labels: Path
+    tasks: tuple[str, ...]
+    omics: Path | None = None
+    splits: Path | None = None
+    external_features: Path | None = None
+    external_labels: Path | None = None
+    instances: tuple[Path, str] | None = None
+    note: str = REAL
+
+
+def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
+    """Slides, labels and expression simulated into `out`, unless they are there."""
+    config = SimulationConfig(**dials)
+    if not _is_there(out, config, None):
+        simulate(out, config)
+    external = out / "external" if config.external_slides else None
+    return StudyCohort(
+        out / "features",
+        out / "labels.csv",
+        ("label",),
+        out / "omics.csv",
+        external_features=external and external / "features",
+        external_labels=external and external / "labels.csv",
+        instances=(out / "instances.csv", "tumour"),
+        note=SIMULATED,
+    )
+
+
+def semisynthetic_cohort(
+    out: Path, omics: Path, labels: Path, tasks: Sequence[str], dials: dict[str, Any], *, site: str | None = None
+) -> StudyCohort:
+    """Slides simulated into `out` from the expression that is given, unless they are there; the labels are real."""
+    table = read_text_table(labels, ["case_id", *tasks, *([site] if site else [])]).set_index("case_id")
+    if repeated := table.index[table.index.duplicated()].tolist():
+        raise InputError(f"{labels}: expected a row for each case_id, got {repeated[0]!r} again; remove one")
+    profiles = read_omics(omics)
+    config = SimulationConfig(**{"programs": semi.PROGRAMS, **dials})
+    if not _is_there(out, config, semi.fingerprint(profiles, table, site)):
+        semi.simulate_slides(out, profiles, table, config, site=site)
+    return StudyCohort(out / "features", out / "labels.csv", tuple(tasks), omics, note=semi.NOTE)
+
+
+def _is_there(out: Path, config: SimulationConfig, source: str | None) -> bool:
+    """Whether these slides have been simulated already, from the tables with this fingerprint (None: from none)."""
+    mark = out / MARK
+    if not mark.is_file():
+        return False
+    told = json.loads(mark.read_text(encoding="utf-8"))
+    if told.get("from") != source:
+        raise InputError(
+            f"{out}: expected the expression, labels and --site that its slides were simulated from, got others; "
+            "choose another --out or give the same"
+        )
+    wanted, made = config.as_dict(), told["config"]
+    if source is not None:
+        del wanted["sites"]  # of real hospitals as many as there are
+    if differing := [name for name in wanted if made.get(name) != wanted[name]]:
+        name = differing[0]
+        raise InputError(
+            f"{out}: expected slides simulated with {name}={made.get(name)}, got {name}={wanted[name]}; choose another "
+            "--out or the same dials"
+        )
+    return True
+
+
+def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCohort:
+    """The rows of the labels whose `column` is `value` become the external cohort, the others remain."""
+    table = read_text_table(cohort.labels, [column])
+    held = table[column] == value
+    if not held.any() or held.all():
+        raise InputError(
+            f"hold-out: expected some rows with {column}={value}, got {int(held.sum())} of {len(table)}; it has "
+            f"{', '.join(sorted(set(table[column]))[:8])}"
+        )
+    make_folder(out)
+    write_csv(out / "internal.csv", table[~held])
+    write_csv(out / "external.csv", table[held])
+    return replace(
+        cohort,
+        labels=out / "internal.csv",
+        external_features=cohort.features,
+        external_labels=out / "external.csv",
+    )
