@@ -118,8 +118,11 @@ class GatedMemoryPool(MemoryGuidedPool):
     Args:
         in_features: L, the width of a patch feature.
         hidden_features: D, the width of the gate.
-        heads: H, branches: 1, or with branch="per_class" C.
-        temperature, branch: as in `MemoryGuidedPool`; a memory of C > 2 classes wants "per_class".
+        heads: H, branches: 1, or C where there is one a class.
+        temperature, branch: as in `MemoryGuidedPool`; for C > 2 there is a branch a class whatever is asked.
+
+    Raises:
+        ValueError: `heads` is not the number of branches.
 
     Example:
         >>> bags, bank = momkd.Bags.from_list([torch.randn(5, 32)]), momkd.nn.MemoryBank(2, 4, 8)
@@ -143,7 +146,10 @@ class GatedMemoryPool(MemoryGuidedPool):
     def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         similarity, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
         margin = margins(similarity, self.branch == "per_class" or memory.shape[0] > 2)  # (N, H)
-        scores = self.gate.scores(bags) + margin / self.temperature
+        gate = self.gate.scores(bags)
+        if gate.shape != margin.shape:
+            raise ValueError(f"heads: expected {margin.shape[1]} for this memory and branch, got {gate.shape[1]}")
+        scores = gate + margin / self.temperature
         pooled = functional.attention_pool(bags, scores)
         return pooled, attention_of(scores, bags.offsets), slots
 

@@ -548,6 +548,12 @@ def test_scores_of_gate_and_memory_add(classes: int, branch: str) -> None:
     assert pool.gate.attention_v.weight.grad is not None
 
 
+def test_a_gate_of_other_branches_is_refused() -> None:
+    bags, bank = momkd.Bags.from_list([torch.randn(5, 12)]), momkd.nn.MemoryBank(3, 2, 8)
+    with pytest.raises(ValueError, match="heads: expected 3 for this memory and branch, got 1"):
+        momkd.nn.GatedMemoryPool(12, 6)(torch.randn(5, 8), bags, bank.memory)
+
+
 @pytest.mark.parametrize("update", ["momentum", "gradient"])
 def test_assignment_loss(update: str) -> None:
     torch.manual_seed(0)
