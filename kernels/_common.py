@@ -81,12 +81,18 @@ def alignment(x: Tensor) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 products are computed in an op on `dtype`.
+    """Return how float32 products are computed in an op on `dtype`.
 
-    Exactly, where the op is of float32 and torch is not told to allow tf32; as tf32 where it is, and where the op is of
-    half precision, whose own products don't ask.
+    "ieee" (exactly) where the op is of float32 and torch is not told to use TF32; "tf32" where it is, and where the op
+    is of half precision, whose own products don't ask. torch's newer switch also shows what the older ones set.
     """
-    return "ieee" if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    if dtype != torch.float32:
+        return "tf32"
+    matmul = torch.backends.cuda.matmul
+    try:
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    except AttributeError:  # torch 2.8 has the older switch alone; where both are, reading that one may raise
+        return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from momkd.kernels._tuning import POOL, Tiles
 from momkd.kernels.segment_pool import combine, pool_backward
 
 
-@triton.jit(launch_metadata=work("values", lambda a: 2 * a.values.numel() * a.HEADS))
+@triton.jit(do_not_specialize=["bags"], launch_metadata=work("values", lambda a: 2 * a.values.numel() * a.HEADS))
 def attention_pool_fwd_kernel(
     values,
     value_stride,

@@ -51,7 +51,7 @@ def _forward_operations(a: Any) -> float:
     return 2 * a.x.shape[0] * ((1 + a.GATED) * a.L * a.D + a.HEADS * (a.D + a.L))
 
 
-@triton.jit(launch_metadata=work("x", _forward_operations))
+@triton.jit(do_not_specialize=["bags", "threshold"], launch_metadata=work("x", _forward_operations))
 def gated_attention_pool_fwd_kernel(
     x,
     x_stride,
@@ -147,7 +147,10 @@ def _gradient_passes(a: Any) -> dict[str, float]:
     return {name: rows / getattr(a, name).shape[0] for name in ("x", "d_scores", "d_gate")}
 
 
-@triton.jit(launch_metadata=work("x", _gradient_operations, _gradient_passes))
+@triton.jit(
+    do_not_specialize=["first_row", "end_row", "threshold"],
+    launch_metadata=work("x", _gradient_operations, _gradient_passes),
+)
 def gate_gradient_kernel(
     x,
     x_stride,

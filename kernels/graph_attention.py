@@ -49,7 +49,7 @@ def read(rows, stride, node, there, head, C, columns):
     return tl.load(rows + node[:, None] * stride + head * C + columns[None, :], mask, 0.0).to(tl.float32)
 
 
-@triton.jit(launch_metadata=work("x_l", lambda a: 4 * a.scores.numel() * a.C))
+@triton.jit(do_not_specialize=["threshold"], launch_metadata=work("x_l", lambda a: 4 * a.scores.numel() * a.C))
 def graph_attention_fwd_kernel(
     x_l,
     l_stride,
@@ -104,7 +104,10 @@ def graph_attention_fwd_kernel(
     tl.store(out + at * C + columns, summed / tl.where(total == 0, 1.0, total), own)
 
 
-@triton.jit(launch_metadata=work("x_l", lambda a: (6 if a.NEED_R else 4) * a.scores.numel() * a.C))
+@triton.jit(
+    do_not_specialize=["N", "threshold"],
+    launch_metadata=work("x_l", lambda a: (6 if a.NEED_R else 4) * a.scores.numel() * a.C),
+)
 def graph_attention_bwd_target_kernel(
     grad,  # (N, H·C)
     x_l,

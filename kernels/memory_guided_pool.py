@@ -70,7 +70,7 @@ def _forward_operations(a: Any) -> float:
     return comparisons(1)(a) + 2 * a.values.numel() * a.HEADS
 
 
-@triton.jit(launch_metadata=work("z", _forward_operations))
+@triton.jit(do_not_specialize=["bags"], launch_metadata=work("z", _forward_operations))
 def memory_guided_pool_fwd_kernel(
     z,
     z_stride,
@@ -123,7 +123,7 @@ def memory_guided_pool_fwd_kernel(
     )
 
 
-@triton.jit(launch_metadata=work("scores", lambda _: 0, lambda _: {"scores": 2}))
+@triton.jit(do_not_specialize=["bags"], launch_metadata=work("scores", lambda _: 0, lambda _: {"scores": 2}))
 def attention_kernel(
     scores,  # (N, H) float32, turned into attention in place
     stats,  # (B, H, 2) float32
@@ -147,7 +147,7 @@ def attention_kernel(
     tl.store(here, weights, both)
 
 
-@triton.jit(launch_metadata=work("z", nearest_comparisons))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", nearest_comparisons))
 def memory_guided_pool_bwd_kernel(
     d_scores,  # (N, H) float32
     z,

@@ -38,7 +38,7 @@ _PARTS = 64  # sums of the memory's gradient before the last one, at most
 _PARTIAL_NUMBERS = 1 << 24  # and numbers in them
 
 
-@triton.jit(launch_metadata=work("z", comparisons(1)))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", comparisons(1)))
 def memory_similarity_fwd_kernel(
     z,
     z_stride,
@@ -70,7 +70,7 @@ def memory_similarity_fwd_kernel(
     tl.store(nearest + at, slots, both)
 
 
-@triton.jit(launch_metadata=work("z", nearest_comparisons))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", nearest_comparisons))
 def max_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -98,7 +98,7 @@ def max_backward_kernel(
     )
 
 
-@triton.jit(launch_metadata=work("z", comparisons(2)))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", comparisons(2)))
 def lse_backward_kernel(
     grad,  # (N, C) float32
     z,
@@ -146,7 +146,7 @@ def _bank_operations(a: Any) -> float:
     return comparisons(1 + a.LSE)(a)
 
 
-@triton.jit(launch_metadata=work("z", _bank_operations))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", _bank_operations))
 def bank_backward_kernel(
     grad,  # (N, C) float32
     z,

@@ -90,7 +90,7 @@ def _backward_passes(a: Any) -> dict[str, float]:
     return {"values": a.NEED_SCORES, "d_values": a.NEED_VALUES + a.ADD_VALUES, "d_scores": a.NEED_SCORES}
 
 
-@triton.jit(launch_metadata=work("values", _backward_operations, _backward_passes))
+@triton.jit(do_not_specialize=["bags"], launch_metadata=work("values", _backward_operations, _backward_passes))
 def pool_backward_kernel(
     grad,  # (B, H, L)
     inner,  # (B, H) float32: g · out

@@ -40,7 +40,7 @@ def softplus(x):
     return tl.where(x > 0, x, 0.0) + small
 
 
-@triton.jit(launch_metadata=work("z", comparisons(1)))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_fwd_kernel(
     z,
     z_stride,
@@ -71,7 +71,7 @@ def soft_angle_loss_fwd_kernel(
     tl.store(losses + rows, tl.where(label >= 0, softplus(beta * (margin - gap)), 0.0), inside)
 
 
-@triton.jit(launch_metadata=work("z", comparisons(1)))
+@triton.jit(do_not_specialize=["N"], launch_metadata=work("z", comparisons(1)))
 def soft_angle_loss_bwd_kernel(
     grad,  # (N,)
     z,

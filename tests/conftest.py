@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,31 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def tf32_switches() -> Iterator[dict[str, Callable[[bool], None]]]:
+    """Every way to tell torch whether float32 products may use TF32, by name; undone afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, "fp32_precision", None)
+
+    def older(allowed: bool) -> None:
+        matmul.allow_tf32 = allowed
+
+    def words(allowed: bool) -> None:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+    def newer(allowed: bool) -> None:
+        matmul.fp32_precision = "tf32" if allowed else "ieee"
+
+    def everywhere(allowed: bool) -> None:
+        matmul.fp32_precision = "none"  # follow the switch of all backends
+        torch.backends.fp32_precision = "tf32" if allowed else "ieee"
+
+    yield {"older": older, "words": words} | ({} if before is None else {"newer": newer, "everywhere": everywhere})
+    words(False)
+    if before is not None:
+        torch.backends.fp32_precision, matmul.fp32_precision = "none", before
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import SimpleNamespace
 
@@ -170,10 +170,26 @@ def test_rows_of_500_columns_are_read_four_at_a_time(dtype: torch.dtype, bits: i
             assert r.loads[bits] * bits * 32 * r.warps >= r.constants["BLOCK"] * r.constants["COLUMNS"] * 8
 
 
-def test_tf32_is_done_by_tensor_cores_and_ieee_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_switch_of_torch_for_tf32_is_followed(
+    tf32_switches: dict[str, Callable[[bool], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the newer one was set, torch raises where the older one is read."""
+    precision = gpu.kernels("_common").precision
+    assert len(tf32_switches) in (2, 4)
+    for switch in tf32_switches.values():
+        for allowed, expected in ((False, "ieee"), (True, "tf32"), (False, "ieee")):
+            switch(allowed)
+            assert precision(SINGLE) == expected
+            assert precision(HALF) == "tf32"
+    for allowed, expected in ((False, "ieee"), (True, "tf32")):  # a torch without the newer switch
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        assert precision(SINGLE) == expected
+
+
+def test_tf32_is_done_by_tensor_cores_and_ieee_is_not(tf32_switches: dict[str, Callable[[bool], None]]) -> None:
     case = Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1})
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        tf32_switches["older"](allowed)
         reports = aot.compile_all([case], ["sm_90"])
         for kernel in PRODUCTS["gated_attention_pool"]:
             assert [bool(r.tensor) for r in reports if r.kernel == kernel] == [allowed]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,11 +195,14 @@ def test_a_bad_row_of_guided_pooling_leaves_other_bags_alone(bad: float, branch:
 
 @pytest.mark.parametrize(("allowed", "expected"), [(False, "ieee"), (True, "tf32")])
 def test_float32_products_follow_the_switch_of_torch(
-    allowed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    allowed: bool,
+    expected: str,
+    tf32_switches: dict[str, Callable[[bool], None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from momkd.kernels import _common, attention_pool, gated_attention_pool, memory_guided_pool, segment_pool
 
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+    tf32_switches["older"](allowed)
     assert _common.precision(torch.float32) == expected
     assert _common.precision(torch.bfloat16) == _common.precision(torch.float16) == "tf32"
     seen: list[str] = []
