@@ -8,7 +8,7 @@ from torch import Tensor
 
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -20,7 +20,7 @@ def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, backend: str
     return result
 
 
-@attention_pool.register_fake
+@register_fake(attention_pool)
 def _(values: Tensor, scores: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     bags, heads = offsets.shape[0] - 1, scores.shape[1]
     stats = values.new_empty((bags, heads, 2), dtype=accumulate_dtype(values.dtype))
@@ -41,10 +41,10 @@ def attention_pool_backward(
     where = backend_of("attention_pool", backend, (values, scores, offsets))
     needed = needs[0], needs[1]
     grads = where.attention_pool_backward(grad, values, scores, offsets, pooled, stats, needed)
-    return _gradients.pack(grads, values)
+    return _gradients.pack(grads, needs)
 
 
-@attention_pool_backward.register_fake
+@register_fake(attention_pool_backward)
 def _(
     grad: Tensor,
     values: Tensor,
@@ -55,7 +55,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((values, scores), needs, values)
+    return _gradients.fake((values, scores), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -67,8 +67,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _grad_stats: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    grads = attention_pool_backward(grad, *ctx.saved_tensors, needs, ctx.backend)
+    grads = call_backward(attention_pool_backward, grad, *ctx.saved_tensors, needs, ctx.backend)
     return (*_gradients.unpack(grads, needs), None, None)
 
 
-attention_pool.register_autograd(_backward, setup_context=_setup)
+register_autograd(attention_pool, _backward, setup_context=_setup)
+register_autograd(attention_pool_backward)

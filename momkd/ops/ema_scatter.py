@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -20,7 +20,7 @@ def ema_accumulate(
     return result
 
 
-@ema_accumulate.register_fake
+@register_fake(ema_accumulate)
 def _(
     memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None, normalize: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def ema_apply_(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, moment
     where.ema_apply_(memory, usage, sums, mass, momentum)
 
 
-@ema_apply_.register_fake
+@register_fake(ema_apply_)
 def _(memory: Tensor, usage: Tensor, sums: Tensor, mass: Tensor, momentum: float, backend: str) -> None:
     return None
 
@@ -61,7 +61,7 @@ def ema_scatter_(
     return assignments
 
 
-@ema_scatter_.register_fake
+@register_fake(ema_scatter_)
 def _(
     memory: Tensor,
     usage: Tensor,
@@ -73,3 +73,7 @@ def _(
     backend: str,
 ) -> Tensor:
     return z.new_empty((z.shape[0],), dtype=torch.int32)
+
+
+for _op in (ema_accumulate, ema_apply_, ema_scatter_):
+    register_autograd(_op)

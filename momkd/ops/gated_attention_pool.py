@@ -9,7 +9,7 @@ from torch import Tensor
 
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.segments import accumulate_dtype
 
@@ -35,7 +35,7 @@ def gated_attention_pool(
     return result
 
 
-@gated_attention_pool.register_fake
+@register_fake(gated_attention_pool)
 def _(
     x: Tensor,
     offsets: Tensor,
@@ -83,10 +83,10 @@ def gated_attention_pool_backward(
     saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
     where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
     grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved)
-    return _gradients.pack(grads, x)
+    return _gradients.pack(grads, needs)
 
 
-@gated_attention_pool_backward.register_fake
+@register_fake(gated_attention_pool_backward)
 def _(
     grad_pooled: Tensor,
     grad_scores: Tensor | None,
@@ -106,7 +106,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((x, w_v, b_v, w_u, b_u, w_a, b_a), needs, x)
+    return _gradients.fake((x, w_v, b_v, w_u, b_u, w_a, b_a), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -124,9 +124,12 @@ def _backward(
     if grad_pooled is None:
         grad_pooled = torch.zeros_like(saved[-3])
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7)]
-    grads = gated_attention_pool_backward(grad_pooled, grad_scores, *saved, ctx.dropout_p, needs, ctx.backend)
+    grads = call_backward(
+        gated_attention_pool_backward, grad_pooled, grad_scores, *saved, ctx.dropout_p, needs, ctx.backend
+    )
     d_x, *d_parameters = _gradients.unpack(grads, needs)
     return (d_x, None, *d_parameters, None, None, None)
 
 
-gated_attention_pool.register_autograd(_backward, setup_context=_setup)
+register_autograd(gated_attention_pool, _backward, setup_context=_setup)
+register_autograd(gated_attention_pool_backward)

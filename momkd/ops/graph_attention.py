@@ -9,7 +9,7 @@ from torch import Tensor
 from momkd.graph import Edges
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -32,7 +32,7 @@ def graph_attention(
     return result
 
 
-@graph_attention.register_fake
+@register_fake(graph_attention)
 def _(
     x_l: Tensor,
     x_r: Tensor,
@@ -71,10 +71,10 @@ def graph_attention_backward(
     where = backend_of("graph_attention", backend, (x_l, x_r, att, edges[0]))
     saved = x_l, x_r, att, Edges(*edges), negative_slope, dropout_p, seed, out, scores, stats
     grads = where.graph_attention_backward(grad, *saved, (needs[0], needs[1], needs[2]))
-    return _gradients.pack(grads, x_l)
+    return _gradients.pack(grads, needs)
 
 
-@graph_attention_backward.register_fake
+@register_fake(graph_attention_backward)
 def _(
     grad: Tensor,
     x_l: Tensor,
@@ -90,7 +90,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((x_l, x_r, att), needs, x_l)
+    return _gradients.fake((x_l, x_r, att), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -103,12 +103,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *_unused: Tensor | None) -> tuple[Any, ...]:
     x_l, x_r, att, seed, out, scores, stats, *edges = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = graph_attention_backward(
+    grads = call_backward(
+        graph_attention_backward,
         grad,
         *(x_l, x_r, att, list(edges), seed, out, scores, stats),
         *(ctx.negative_slope, ctx.dropout_p, needs, ctx.backend),
     )
-    return (*_gradients.unpack(grads, needs), [None] * len(edges), None, None, None, None)
+    return (*_gradients.unpack(grads, needs), None, None, None, None, None)
 
 
-graph_attention.register_autograd(_backward, setup_context=_setup)
+register_autograd(graph_attention, _backward, setup_context=_setup)
+register_autograd(graph_attention_backward)

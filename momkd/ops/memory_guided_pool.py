@@ -9,7 +9,7 @@ from torch import Tensor
 
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -30,7 +30,7 @@ def memory_guided_pool(
     return result
 
 
-@memory_guided_pool.register_fake
+@register_fake(memory_guided_pool)
 def _(
     z: Tensor,
     values: Tensor,
@@ -70,10 +70,10 @@ def memory_guided_pool_backward(
     arguments = grad, z, values, memory, offsets, temperature, per_class, pooled, attention, slots, needed
     where = backend_of("memory_guided_pool", backend, (z, values, memory, offsets, temperature))
     grads = where.memory_guided_pool_backward(*arguments)
-    return _gradients.pack(grads, values)
+    return _gradients.pack(grads, needs)
 
 
-@memory_guided_pool_backward.register_fake
+@register_fake(memory_guided_pool_backward)
 def _(
     grad: Tensor,
     z: Tensor,
@@ -88,7 +88,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((z, values, temperature), needs, values)
+    return _gradients.fake((z, values, temperature), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -100,9 +100,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    grads = memory_guided_pool_backward(grad, *ctx.saved_tensors, ctx.per_class, needs, ctx.backend)
+    grads = call_backward(memory_guided_pool_backward, grad, *ctx.saved_tensors, ctx.per_class, needs, ctx.backend)
     d_z, d_values, d_temperature = _gradients.unpack(grads, needs)
     return d_z, d_values, None, None, d_temperature, None, None
 
 
-memory_guided_pool.register_autograd(_backward, setup_context=_setup)
+register_autograd(memory_guided_pool, _backward, setup_context=_setup)
+register_autograd(memory_guided_pool_backward)

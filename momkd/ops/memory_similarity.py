@@ -9,7 +9,7 @@ from torch import Tensor
 
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -21,7 +21,7 @@ def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float, backen
     return result
 
 
-@memory_similarity.register_fake
+@register_fake(memory_similarity)
 def _(z: Tensor, memory: Tensor, reduce: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
     shape = (z.shape[0], memory.shape[0])
     return z.new_empty(shape, dtype=accumulate_dtype(z.dtype)), z.new_empty(shape, dtype=torch.int32)
@@ -41,10 +41,10 @@ def memory_similarity_backward(
     where = backend_of("memory_similarity", backend, (z, memory))
     needed = needs[0], needs[1]
     grads = where.memory_similarity_backward(grad, z, memory, reduce, tau, slots, needed)
-    return _gradients.pack(grads, z)
+    return _gradients.pack(grads, needs)
 
 
-@memory_similarity_backward.register_fake
+@register_fake(memory_similarity_backward)
 def _(
     grad: Tensor,
     z: Tensor,
@@ -55,7 +55,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((z, memory), needs, z)
+    return _gradients.fake((z, memory), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -66,8 +66,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _grad_slots: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    grads = memory_similarity_backward(grad, *ctx.saved_tensors, ctx.reduce, ctx.tau, needs, ctx.backend)
+    grads = call_backward(memory_similarity_backward, grad, *ctx.saved_tensors, ctx.reduce, ctx.tau, needs, ctx.backend)
     return (*_gradients.unpack(grads, needs), None, None, None)
 
 
-memory_similarity.register_autograd(_backward, setup_context=_setup)
+register_autograd(memory_similarity, _backward, setup_context=_setup)
+register_autograd(memory_similarity_backward)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
-from momkd.ops._register import custom_op
+from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.segments import accumulate_dtype
 
 
@@ -22,7 +22,7 @@ def soft_angle_loss(
     return losses
 
 
-@soft_angle_loss.register_fake
+@register_fake(soft_angle_loss)
 def _(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float, backend: str) -> Tensor:
     return z.new_empty((z.shape[0],), dtype=accumulate_dtype(z.dtype))
 
@@ -41,10 +41,10 @@ def soft_angle_loss_backward(
 ) -> list[Tensor]:
     where = backend_of("soft_angle_loss", backend, (z, memory, labels))
     grads = where.soft_angle_loss_backward(grad, z, memory, labels, margin, tau, beta, (needs[0], needs[1]))
-    return _gradients.pack(grads, z)
+    return _gradients.pack(grads, needs)
 
 
-@soft_angle_loss_backward.register_fake
+@register_fake(soft_angle_loss_backward)
 def _(
     grad: Tensor,
     z: Tensor,
@@ -56,7 +56,7 @@ def _(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return _gradients.fake((z, memory), needs, z)
+    return _gradients.fake((z, memory), needs)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -66,8 +66,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    grads = soft_angle_loss_backward(grad, *ctx.saved_tensors, ctx.margin, ctx.tau, ctx.beta, needs, ctx.backend)
+    grads = call_backward(
+        soft_angle_loss_backward, grad, *ctx.saved_tensors, ctx.margin, ctx.tau, ctx.beta, needs, ctx.backend
+    )
     return (*_gradients.unpack(grads, needs), None, None, None, None, None)
 
 
-soft_angle_loss.register_autograd(_backward, setup_context=_setup)
+register_autograd(soft_angle_loss, _backward, setup_context=_setup)
+register_autograd(soft_angle_loss_backward)
