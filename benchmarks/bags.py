@@ -20,13 +20,13 @@ def ragged(device: str, median: int, width: int, dtype: torch.dtype) -> Bags:
 
 def bag_of_each_row(bags: Bags) -> Tensor:
     device = bags.features.device
-    return torch.repeat_interleave(torch.arange(COUNT, device=device), torch.tensor(bags.lengths, device=device))
+    return torch.repeat_interleave(torch.arange(len(bags), device=device), torch.tensor(bags.lengths, device=device))
 
 
-def pool_flattened(values: Tensor, scores: Tensor, index: Tensor) -> Tensor:
+def pool_flattened(values: Tensor, scores: Tensor, index: Tensor, count: int = COUNT) -> Tensor:
     """Softmax of one branch over the bags of a flattened batch and the weighted sum, by scatters."""
-    top = scores.new_full((COUNT,), -torch.inf).scatter_reduce(0, index, scores, "amax")
+    top = scores.new_full((count,), -torch.inf).scatter_reduce(0, index, scores, "amax")
     weight = torch.exp(scores - top[index])
-    total = weight.new_zeros(COUNT).index_add(0, index, weight)
+    total = weight.new_zeros(count).index_add(0, index, weight)
     weighted = (weight / total[index])[:, None].to(values.dtype) * values
-    return values.new_zeros(COUNT, values.shape[1]).index_add(0, index, weighted)[:, None]
+    return values.new_zeros(count, values.shape[1]).index_add(0, index, weighted)[:, None]

@@ -11,40 +11,49 @@ import torch
 from torch import Tensor
 
 from benchmarks.bags import bag_of_each_row, pool_flattened, ragged
-from benchmarks.measure import compare, forward_and_backward, must_agree, on_each_device, require
-from momkd import dispatch, reference
+from benchmarks.cases import Case
+from benchmarks.measure import compare, must_agree, on_each_device, require
+from momkd import Bags, dispatch, reference
 from momkd import functional as F
 
 WIDTH = 512
 
 
-@on_each_device
-def test_attention_pool(benchmark: Any, full: bool, device: str) -> None:
-    require(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    bags = ragged(device, 8000 if full or device == "cuda" else 800, WIDTH, dtype)
+def make_case(bags: Bags, heads: int = 1) -> Case:
+    """The op and its peers on these bags; values and scores get gradients."""
+    dtype, device = bags.features.dtype, bags.features.device
     values = bags.features.requires_grad_()
-    scores = torch.randn(bags.num_rows, 1, device=device).to(dtype).requires_grad_()
-    want, _ = reference.attention_pool(values.detach().double(), scores.detach().double(), bags.offsets)
-    must_agree(F.attention_pool(values, scores, bags.offsets), want, 1e-5 if dtype == torch.float32 else 1e-2)
+    scores = torch.randn(bags.num_rows, heads, device=device).to(dtype).requires_grad_()
     index, lengths = bag_of_each_row(bags), list(bags.lengths)
 
     def loop() -> Tensor:
         pairs = zip(values.split(lengths), scores.split(lengths), strict=True)
         return torch.stack([torch.softmax(s, 0).T @ x for x, s in pairs])
 
-    forms = {
-        "momkd": lambda: F.attention_pool(values, scores, bags.offsets),
-        "reference": lambda: F.attention_pool(values, scores, bags.offsets, backend="torch"),
-        "loop over bags": loop,
-        "flattened": lambda: pool_flattened(values, scores[:, 0], index),
-    }
-    compare(
-        benchmark,
-        device,
-        {name: forward_and_backward(form, (values, scores)) for name, form in forms.items()},
-        work=(3 * 2 * values.numel(), 3 * values.nbytes),
-        dtype=dtype,
-        patches=bags.num_rows,
-        backend=dispatch.choose("attention_pool", None, (values, scores, bags.offsets)),
+    return Case(
+        {
+            "momkd": lambda: F.attention_pool(values, scores, bags.offsets),
+            "reference": lambda: F.attention_pool(values, scores, bags.offsets, backend="torch"),
+            "loop over bags": loop,
+            "flattened": lambda: pool_flattened(values, scores[:, 0], index, len(bags)),
+        },
+        (values, scores),
+        lambda values, scores: reference.attention_pool(values, scores, bags.offsets)[0],
+        (3 * 2 * values.numel(), 3 * values.nbytes),
+        dtype,
+        loop if dtype in (torch.float16, torch.bfloat16) else None,
+        {
+            "patches": bags.num_rows,
+            "backend": dispatch.choose("attention_pool", None, (values, scores, bags.offsets)),
+        },
     )
+
+
+@on_each_device
+def test_attention_pool(benchmark: Any, full: bool, device: str) -> None:
+    require(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    case = make_case(ragged(device, 8000 if full or device == "cuda" else 800, WIDTH, dtype))
+    want = case.exact(*(leaf.detach().double() for leaf in case.leaves))
+    must_agree(case.forms["momkd"](), want, 1e-5 if dtype == torch.float32 else 1e-2)
+    compare(benchmark, device, case.steps(), work=case.work, dtype=dtype, **case.facts)

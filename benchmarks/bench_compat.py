@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import interleaved
+from benchmarks.measure import interleaved, on_each_device, peak_bytes, record, require
 from momkd import Bags
 from momkd.compat import clam, torchmil
 
@@ -109,11 +109,10 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@on_each_device
 @pytest.mark.parametrize(("project", "dropout"), [("CLAM_SB", 0.0), ("CLAM_SB", 0.25), ("torchmil ABMIL", 0.0)])
 def test_compat(benchmark: Any, full: bool, project: str, dropout: float, device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU that torch can use")
+    require(device)
     count, median = 16, 8000 if full or device == "cuda" else 250
     bags = ragged(count, median, device)
     forms, model = FORMS[project](bags, dropout)
@@ -125,20 +124,17 @@ def test_compat(benchmark: Any, full: bool, project: str, dropout: float, device
             error = float((form() - want).norm() / want.norm())
             assert error < 1e-4, f"{name} is wrong by {error:.1e}: no time is reported"
     model.train()
-    seconds = interleaved({name: stepped(form, model) for name, form in forms.items()}, rounds=7, warmup=1)
+    seconds = interleaved({name: stepped(form, model) for name, form in forms.items()}, device, rounds=7, warmup=1)
     ours = next(iter(forms))  # all bags in one batch
     for name, each in seconds.items():
         benchmark.extra_info[f"seconds of {name}"] = each
         if name != ours:
             benchmark.extra_info[f"times as fast as {name}"] = each / seconds[ours]
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            stepped(forms[name], model)()
-            megabytes = (torch.cuda.max_memory_allocated() - before) / 2**20
+            megabytes = peak_bytes(stepped(forms[name], model), device) / 2**20
         else:
             linux = Path("/proc/self/clear_refs").exists()
             megabytes = extra_memory(project, name, count, median, dropout) if linux else float("nan")
         benchmark.extra_info[f"peak MB of {name}"] = megabytes
     benchmark.extra_info["patches"], benchmark.extra_info["largest bag"] = bags.num_rows, max(bags.lengths)
-    benchmark.pedantic(stepped(forms[ours], model), rounds=3)
+    record(benchmark, stepped(forms[ours], model), device)

@@ -14,23 +14,45 @@ import torch
 from torch import Tensor
 
 from benchmarks.bags import bag_of_each_row, pool_flattened, ragged
-from benchmarks.measure import compare, forward_and_backward, must_agree, on_each_device, require
+from benchmarks.cases import Case
+from benchmarks.measure import compare, must_agree, on_each_device, require
 from momkd import Bags, dispatch, reference
 from momkd import functional as F
 from momkd.reference.gated_attention_pool import GateParameters
+from momkd.reference.philox import gate_dropout_masks, keep_scale
 
 WIDTH, HIDDEN = 1024, 256
+SEED = 5  # of dropout
 
 
-def attend(x: Tensor, w: GateParameters) -> Tensor:
-    """Scores of one bag or of a padded batch, as CLAM writes them."""
-    gate = torch.tanh(torch.nn.functional.linear(x, w.w_v, w.b_v))
-    gate = gate * torch.sigmoid(torch.nn.functional.linear(x, w.w_u, w.b_u))
+def weights(
+    device: str, dtype: torch.dtype, *, width: int = WIDTH, hidden: int = HIDDEN, heads: int = 1, grad: bool = True
+) -> GateParameters:
+    """Random weights of a gate, as large as an initialised layer's."""
+    shapes = [(hidden, width), (hidden,), (hidden, width), (hidden,), (heads, hidden), (heads,)]
+    made = [(torch.randn(*s, device=device) / s[-1] ** 0.5).to(dtype).requires_grad_(grad) for s in shapes]
+    return GateParameters(*made)
+
+
+def attend(x: Tensor, w: GateParameters, keep: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Scores of one bag or of a padded batch, as CLAM writes them; `keep` are masks of dropout with their scale."""
+    tanh = torch.tanh(torch.nn.functional.linear(x, w.w_v, w.b_v))
+    sigma = torch.sigmoid(torch.nn.functional.linear(x, w.w_u, w.b_u))
+    gate = tanh * sigma if keep is None else tanh * keep[0] * (sigma * keep[1])
     return torch.nn.functional.linear(gate, w.w_a, w.b_a)
 
 
 def loop_over_bags(bags: Bags, w: GateParameters) -> Tensor:
     return torch.stack([torch.softmax(attend(x, w), 0).T @ x for x in bags])
+
+
+def loop_with_dropout(bags: Bags, w: GateParameters, p: float) -> Tensor:
+    """The loop with the masks that the op draws from SEED."""
+    seed = torch.tensor(SEED, device=bags.device)
+    masks = gate_dropout_masks(seed, bags.num_rows, w.w_v.shape[0], p)
+    scaled = [(mask.to(bags.features.dtype) * keep_scale(p)).split(list(bags.lengths)) for mask in masks]
+    each = zip(bags, *scaled, strict=True)
+    return torch.stack([torch.softmax(attend(x, w, (tanh, sigma)), 0).T @ x for x, tanh, sigma in each])
 
 
 def padded(x: Tensor, mask: Tensor, w: GateParameters) -> Tensor:
@@ -42,43 +64,59 @@ def flattened(x: Tensor, index: Tensor, w: GateParameters) -> Tensor:
     return pool_flattened(x, attend(x, w)[:, 0], index)
 
 
+def make_case(bags: Bags, w: GateParameters, dropout_p: float = 0.0, *, products: int = 3) -> Case:
+    """The op on these bags, features frozen. `products` are those of forward and backward: 2 where gates are stored."""
+    x, seed = bags.features, SEED if dropout_p else None
+
+    def exact(*wide: Tensor) -> Tensor:
+        where = None if seed is None else torch.tensor(seed, device=x.device)
+        return reference.gated_attention_pool(x.double(), bags.offsets, GateParameters(*wide), dropout_p, where)[0]
+
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    plain = (lambda: loop_with_dropout(bags, w, dropout_p)) if dropout_p else lambda: loop_over_bags(bags, w)
+    product = 2 * bags.num_rows * x.shape[1] * 2 * w.w_v.shape[0]
+    return Case(
+        {"momkd": lambda: F.gated_attention_pool(x, bags.offsets, *w, dropout_p=dropout_p, seed=seed)},
+        tuple(p for p in w if p is not None),
+        exact,
+        (products * product, products * x.nbytes),
+        x.dtype,
+        plain if half else None,
+        {
+            "patches": bags.num_rows,
+            "backend": dispatch.choose("gated_attention_pool", None, (x, bags.offsets, w.w_v, w.w_u, w.w_a)),
+        },
+    )
+
+
+def peers(bags: Bags, w: GateParameters) -> dict[str, Callable[[], Tensor]]:
+    """The same for one head and 32 bags as one would write it in plain torch."""
+    x, mask = bags.to_padded()
+    index = bag_of_each_row(bags)
+    compiled = torch.compile(flattened, dynamic=False)
+    return {
+        "loop over bags": lambda: loop_over_bags(bags, w),
+        "flattened": lambda: flattened(bags.features, index, w),
+        "flattened, torch.compile": lambda: compiled(bags.features, index, w),
+        "padded batch": lambda: padded(x, mask, w),
+    }
+
+
 @pytest.mark.parametrize("backward", [True, False], ids=["fwd+bwd", "fwd"])
 @on_each_device
 def test_gated_attention_pool(benchmark: Any, full: bool, device: str, backward: bool) -> None:
     require(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bags = ragged(device, 8000 if full or device == "cuda" else 100, WIDTH, dtype)
-    shapes = [(HIDDEN, WIDTH), (HIDDEN,), (HIDDEN, WIDTH), (HIDDEN,), (1, HIDDEN), (1,)]
-    made = [(torch.randn(*s, device=device) / s[-1] ** 0.5).to(dtype).requires_grad_(backward) for s in shapes]
-    w = GateParameters(*made)
-
-    exact = GateParameters(*(p.detach().double() for p in made))
-    want, _, _ = reference.gated_attention_pool(bags.features.double(), bags.offsets, exact)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    must_agree(F.gated_attention_pool(bags.features, bags.offsets, *w), want, tolerance)
+    w = weights(device, dtype, grad=backward)
+    case = make_case(bags, w)
+    want = case.exact(*(p.detach().double() for p in case.leaves))
+    must_agree(case.forms["momkd"](), want, 1e-5 if dtype == torch.float32 else 1e-2)
     del want
-
-    x, mask = bags.to_padded()
-    index = bag_of_each_row(bags)
-    compiled = torch.compile(flattened, dynamic=False)
-    forms: dict[str, Callable[[], Tensor]] = {
-        "momkd": lambda: F.gated_attention_pool(bags.features, bags.offsets, *w),
-        "loop over bags": lambda: loop_over_bags(bags, w),
-        "flattened": lambda: flattened(bags.features, index, w),
-        "flattened, torch.compile": lambda: compiled(bags.features, index, w),
-        "padded batch": lambda: padded(x, mask, w),
-    }
-    product = 2 * bags.num_rows * WIDTH * 2 * HIDDEN
-    passes = 3 if backward else 1
-    compare(
-        benchmark,
-        device,
-        {name: forward_and_backward(form, made) if backward else form for name, form in forms.items()},
-        work=(passes * product, passes * bags.features.nbytes),
-        dtype=dtype,
-        patches=bags.num_rows,
-        backend=dispatch.choose("gated_attention_pool", None, (bags.features, bags.offsets, made[0], made[2], made[4])),
-    )
+    case.forms.update(peers(bags, w))
+    work = case.work if backward else (case.work[0] / 3, case.work[1] / 3)
+    calls: dict[str, Callable[[], object]] = {**case.steps()} if backward else {**case.forms}
+    compare(benchmark, device, calls, work=work, dtype=dtype, **case.facts)
 
 
 @on_each_device

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measure import interleaved, on_each_device, peak_bytes, require
+from benchmarks.measure import interleaved, on_each_device, peak_bytes, record, require
 from momkd import Bags
 from momkd import functional as F
 
@@ -66,14 +66,14 @@ def test_growth(benchmark: Any, full: bool, device: str, op: str) -> None:
     require(device)
     sizes = FULL if full or device == "cuda" else SIZES
     calls = {n: call_of(op, lengths_of("lognormal", n), device) for n in sizes}
-    seconds = interleaved({str(n): call for n, call in calls.items()}, rounds=7)
+    seconds = interleaved({str(n): call for n, call in calls.items()}, device, rounds=7)
     info = benchmark.extra_info
     info["growth"] = {n: seconds[str(n)] for n in sizes}
     info["slope of time"] = slope(sizes, list(seconds.values()))
     info["nanoseconds a patch"] = 1e9 * seconds[str(sizes[-1])] / sizes[-1]
     info["peak MB"] = {n: peak_bytes(call, device) / 1e6 for n, call in calls.items()}
     info["bytes a patch"] = 1e6 * info["peak MB"][sizes[-1]] / sizes[-1]
-    benchmark.pedantic(calls[sizes[-1]], rounds=3)
+    record(benchmark, calls[sizes[-1]], device)
 
 
 @on_each_device
@@ -83,9 +83,9 @@ def test_spread_over_bags(benchmark: Any, full: bool, device: str, op: str) -> N
     patches = 1_000_000 if full or device == "cuda" else 60_000
     kinds = ("equal bags", "lognormal", "one giant")
     calls = {kind: call_of(op, lengths_of(kind, patches), device) for kind in kinds}
-    seconds = interleaved(calls, rounds=9)
+    seconds = interleaved(calls, device, rounds=9)
     for kind in kinds:
         benchmark.extra_info[f"seconds of {kind}"] = seconds[kind]
         benchmark.extra_info[f"{kind} / equal bags"] = seconds[kind] / seconds["equal bags"]
     benchmark.extra_info["patches"] = patches
-    benchmark.pedantic(calls["one giant"], rounds=3)
+    record(benchmark, calls["one giant"], device)

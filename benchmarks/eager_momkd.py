@@ -1,6 +1,7 @@
-"""The released MoMKD written plainly, on PyG's GATv2Conv and vector-quantize-pytorch: what momkd is compared with.
+"""The released MoMKD written plainly, on PyG's GATv2Conv: what momkd is compared with.
 
-One slide a call. Its state dict has the released names. Peers are imported here; callers skip where they are missing.
+One slide a call. Its codebooks are vector-quantize-pytorch's as released, or `PlainCodebook`, which computes the same
+losses by itself. Its state dict has the released names. PyG is imported here; callers skip where it is missing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GATv2Conv
-from vector_quantize_pytorch import VectorQuantize
 
 
 class Encoder(nn.Module):
@@ -34,7 +34,55 @@ def tower(first: int, hidden: int, last: int) -> nn.Sequential:
     )
 
 
+class _Vectors(nn.Module):
+    """Under the names of vector-quantize-pytorch's codebook; the buffers have no effect where a gradient moves it."""
+
+    def __init__(self, size: int, slots: int) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(1, slots, size)))
+        self.register_buffer("initted", torch.tensor(True))
+        self.register_buffer("cluster_size", torch.ones(1, slots))
+        self.register_buffer("embed_avg", self.embed.detach().clone())
+
+
+class PlainCodebook(nn.Module):
+    """The losses of vector-quantize-pytorch's VectorQuantize with a learnable codebook, frozen, in plain torch."""
+
+    def __init__(self, size: int, slots: int) -> None:
+        super().__init__()
+        self._codebook = _Vectors(size, slots)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Commitment to the nearest vector plus ten times the orthogonality of all; z (N, S) -> scalar."""
+        embed = self._codebook.embed[0]
+        with torch.no_grad():
+            nearest = torch.cdist(z.float(), embed).argmin(1)
+        unit = F.normalize(embed, dim=1)
+        orthogonality = (unit @ unit.T).square().mean() - 1 / len(embed)
+        return F.mse_loss(embed.detach()[nearest], z) + 10 * orthogonality
+
+
+def released_codebook(size: int, slots: int) -> nn.Module:
+    """The codebook as the released code makes it.
+
+    Raises:
+        ImportError: vector-quantize-pytorch is missing.
+    """
+    from vector_quantize_pytorch import VectorQuantize
+
+    class ReleasedCodebook(VectorQuantize):  # type: ignore[misc]
+        def forward(self, z: Tensor) -> Tensor:
+            self.train()  # in evaluation it gives no losses
+            loss: Tensor = super().forward(z[None], freeze_codebook=True, return_loss_breakdown=True)[2]
+            return loss
+
+    options = {"learnable_codebook": True, "ema_update": False, "orthogonal_reg_weight": 10.0}
+    return ReleasedCodebook(size, codebook_size=slots, **options)
+
+
 class EagerMoMKD(nn.Module):
+    """`codebook` is "vector-quantize-pytorch" or "plain torch"."""
+
     def __init__(
         self,
         width: int = 1536,
@@ -46,6 +94,7 @@ class EagerMoMKD(nn.Module):
         heads: int = 2,
         attention_dropout: float = 0.5,
         dropout: float = 0.25,
+        codebook: str = "vector-quantize-pytorch",
     ) -> None:
         super().__init__()
         self.attn_log_tau = nn.Parameter(torch.tensor(0.2).log())
@@ -54,8 +103,8 @@ class EagerMoMKD(nn.Module):
         self.rna_projector = nn.Linear(512, size)
         self.wsi_encoder = Encoder(width, features, heads, attention_dropout, dropout)
         self.wsi_patch_projector, self.wsi_pool_projector = nn.Linear(features, size), nn.Linear(features, size)
-        options = {"learnable_codebook": True, "ema_update": False, "orthogonal_reg_weight": 10.0}
-        self.mem_pos, self.mem_neg = (VectorQuantize(size, codebook_size=slots, **options) for _ in range(2))
+        makers = {"vector-quantize-pytorch": released_codebook, "plain torch": PlainCodebook}
+        self.mem_pos, self.mem_neg = (makers[codebook](size, slots) for _ in range(2))
         self.wsi_classifier_proto = nn.Sequential(
             nn.LayerNorm(features), nn.Linear(features, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 2)
         )
@@ -84,9 +133,7 @@ class EagerMoMKD(nn.Module):
         """The terms without their weights; profile (1, G)."""
         pooled, _, z = self._attend(x, edge_index)
         logits = self.wsi_classifier_proto(pooled)
-        bank = self.mem_pos if label == 1 else self.mem_neg
-        bank.train()  # in evaluation it gives no losses
-        _, _, memory, _ = bank(z[None], freeze_codebook=True, return_loss_breakdown=True)
+        memory = (self.mem_pos if label == 1 else self.mem_neg)(z)
         embedding = self.rna_tower["encoder"](profile)
         decoded = self.rna_decoder["decoder"](embedding)
         genomic = F.normalize(self.rna_projector(embedding), dim=1)

@@ -1,19 +1,26 @@
-"""Timing side by side: the call and its peers take turns in one process, so that what disturbs one disturbs all."""
+"""Timing side by side: the call and its peers take turns in one process, so that what disturbs one disturbs all.
+
+On a GPU a call returns before its kernels have run. So every time here ends in a synchronisation, and three times are
+told apart: that of the device, that of the host, and both together.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, cycle
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 on_each_device = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+_CYCLES = 2e9  # of a GPU in a second, about
+_LONGEST_WAIT = 0.2  # seconds
 
 
 def require(device: str) -> None:
@@ -22,37 +29,100 @@ def require(device: str) -> None:
         pytest.skip("no GPU that torch can use")
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each call; every round runs each of them once, beginning with another one each time."""
+class Timing(NamedTuple):
+    """Median seconds of a call. On the CPU all three are the same."""
+
+    device: float  # between two CUDA events, with the call queued before the first of them
+    wall: float  # until the device has finished
+    host: float  # until the call has returned; nothing is waited for
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished; nothing to wait for on the CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """Return the call with a synchronisation at its end."""
+
+    def run() -> None:
+        call()
+        synchronize(device)
+
+    return run
+
+
+def record(benchmark: Any, call: Callable[[], object], device: str, rounds: int = 3) -> None:
+    """Let pytest-benchmark time a call until the device has finished. Every benchmark that may use a GPU ends here."""
+    benchmark.pedantic(synchronized(call, device), rounds=rounds)
+
+
+def _once(call: Callable[[], object], device: str) -> Timing:
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    returned = time.perf_counter()
+    if device != "cuda":
+        return Timing(returned - began, returned - began, returned - began)
+    torch.cuda.synchronize()
+    host, wall = returned - began, time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(_CYCLES * min(1.3 * host + 5e-5, _LONGEST_WAIT)))  # the host gets ahead meanwhile
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return Timing(start.elapsed_time(end) / 1e3, wall, host)
+
+
+def timings(
+    calls: Mapping[str, Callable[[], object]], device: str = "cpu", *, rounds: int = 15, warmup: int = 2
+) -> dict[str, Timing]:
+    """Median times of each call; every round runs each of them, beginning with another one each time.
+
+    The device's time leaves out what the host takes to launch a call, up to about a thousand kernels: more don't fit
+    the queue of launches.
+    """
     names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[Timing]] = {name: [] for name in names}
     for number in range(rounds + warmup):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            began = time.perf_counter()
-            calls[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            once = _once(calls[name], device)
             if number >= warmup:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(each) for name, each in times.items()}
+                taken[name].append(once)
+    return {name: Timing(*map(statistics.median, zip(*each, strict=True))) for name, each in taken.items()}
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: str = "cpu", *, rounds: int = 15, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each call on its device, in turns."""
+    return {name: each.device for name, each in timings(calls, device, rounds=rounds, warmup=warmup).items()}
+
+
+def rotating(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Return a call that runs one of the calls, the next one each time: its inputs are not in the cache."""
+    turns = cycle(calls)
+    return lambda: next(turns)()
 
 
 @cache
-def copy_rate(device: str = "cpu", megabytes: int = 256) -> float:
+def copy_rate(device: str = "cpu", megabytes: int = 0) -> float:
     """Bytes a second of a large copy, reads and writes counted: the ceiling of what is bound by memory."""
-    source = torch.ones(megabytes << 18, device=device)
+    source = torch.ones((megabytes or (2048 if device == "cuda" else 256)) << 18, device=device)
     target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, device, rounds=9)["copy"]
     return 2 * source.nbytes / seconds
 
 
 @cache
-def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+def product_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 0) -> float:
     """Operations a second of a large matrix product: the ceiling of what is bound by arithmetic."""
-    n = 8192 if device == "cuda" else 1536
+    n = size or (8192 if device == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    seconds = interleaved({"product": lambda: a @ b}, rounds=9)["product"]
+    seconds = interleaved({"product": lambda: a @ b}, device, rounds=9)["product"]
     return 2 * n**3 / seconds
 
 
@@ -73,7 +143,8 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         call()
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def forward_and_backward(form: Callable[[], Tensor], leaves: Iterable[Tensor]) -> Callable[[], None]:
@@ -115,9 +186,13 @@ def compare(
     info = benchmark.extra_info
     for name, call in calls.items():
         info[f"peak MB of {name}"] = peak_bytes(call, device) / 1e6
-    seconds = interleaved(calls, rounds=rounds)
-    for name, each in seconds.items():
-        info[f"seconds of {name}"] = each
+    taken = timings(calls, device, rounds=rounds)
+    seconds = {name: each.device for name, each in taken.items()}
+    for name, each in taken.items():
+        info[f"seconds of {name}"] = each.device
+        if device == "cuda":
+            info[f"seconds until the end of {name}"] = each.wall
+            info[f"host µs of {name}"] = 1e6 * each.host
     for name in peers:
         info[f"times as fast as {name}"] = seconds[name] / seconds[mine]
     info |= {
@@ -129,4 +204,4 @@ def compare(
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         **facts,
     }
-    benchmark.pedantic(calls[mine], rounds=3)
+    record(benchmark, calls[mine], device)
