@@ -74,7 +74,7 @@ def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
         install = ["install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
         yield Step("install", python("pip", *install), 150, {"MOMKD_CUDA_ARCHS": capability()})
     yield Step("machine", python("benchmarks.machine", "--out", str(work / "machine.json")), 60, lines=8)
-    yield Step("smoke", python("tests.gpu_smoke", "--out", str(work / "smoke.json"), *tiny), 90, lines=TABLE)
+    yield Step("smoke", python("tests.gpu.smoke", "--out", str(work / "smoke.json"), *tiny), 90, lines=TABLE)
     chosen = ["-k", "rehearse or attention_pool and not captured"] if rehearse else []
     yield Step(
         "tests",
@@ -91,7 +91,7 @@ def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
         small = ["--out", str(work / f"{tool}.json"), "--sanitized", *(tiny or ["--tiny"])]
         yield Step(
             tool,
-            [*under, *python("tests.gpu_smoke", *small)],
+            [*under, *python("tests.gpu.smoke", *small)],
             60,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             lines=3,
