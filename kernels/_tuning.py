@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -196,9 +196,15 @@ class Store:
         seconds: dict[T, float] = {}
         for tiles in candidates:
             try:
-                seconds[tiles] = measure(lambda tiles=tiles: run(tiles))  # type: ignore[misc]
+                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                    seconds[tiles] = measure(lambda tiles=tiles: run(tiles))  # type: ignore[misc]
             except triton.runtime.errors.OutOfResources:
                 continue  # this card has less shared memory than its kind
+            except Exception as error:
+                if tiles == candidates[0]:
+                    raise  # the default must run
+                text = f"momkd: tuning {key} passes over {tiles}, which failed ({type(error).__name__}: {error})"
+                warnings.warn(text, stacklevel=2)
         best = min(seconds, key=seconds.__getitem__, default=candidates[0])
         self._known[key] = list(best)
         self._write(key)

@@ -113,21 +113,38 @@ def tune() -> Iterator[None]:
         _asked.pop()
 
 
+_CYCLES_A_SECOND = 2_000_000_000  # of the fastest GPUs, about: how long a wait on the device is
+
+
 def seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of a call, after one that compiles it."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait()
-        began = time.perf_counter()
-        call()
-        _wait()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    """Return the median time of a call, after one that compiles it.
 
-
-def _wait() -> None:
-    if torch.cuda.is_available():
+    On a GPU that is the time of its kernels on the current stream, without that of launching them: the device is given
+    a wait first, in which the host launches everything. Interpreted kernels are timed by a clock.
+    """
+    if env.triton_interpreted() or not torch.cuda.is_available():
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+    call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    launching = time.perf_counter() - began
+    events = []
+    for _ in range(repeats):
         torch.cuda.synchronize()
+        torch.cuda._sleep(int(2 * min(launching, 0.05) * _CYCLES_A_SECOND))  # type: ignore[no-untyped-call]
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return float(statistics.median(start.elapsed_time(end) for start, end in events)) / 1000
 
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:

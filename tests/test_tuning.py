@@ -130,6 +130,27 @@ def test_tiles_that_a_card_has_no_room_for_are_passed_over() -> None:
     assert tuning.Store(None, lambda call: call() or 1.0).choose("a", TILES, run, CPU) == TILES[1]
 
 
+def test_a_candidate_that_fails_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    def run(tiles: Any) -> None:
+        if tiles == TILES[1]:
+            raise RuntimeError("no such instruction")
+
+    store = tuning.Store(tmp_path, lambda call: call() or 1.0)
+    with pytest.warns(UserWarning, match=r"tuning a passes over Tiles\(rows=32.*RuntimeError: no such instruction"):
+        assert store.choose("a", TILES, run, CPU) == TILES[0]
+    assert choose(tuning.Store(tmp_path), "a") == TILES[0]
+
+
+def test_a_default_that_fails_raises(tmp_path: Path) -> None:
+    def run(tiles: Any) -> None:
+        if tiles == TILES[0]:
+            raise RuntimeError("no such instruction")
+
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        tuning.Store(tmp_path, lambda call: call() or 1.0).choose("a", TILES, run, CPU)
+    assert not list(tmp_path.iterdir())
+
+
 def test_keys_hold_buckets_and_never_lengths() -> None:
     def key(rows: int, dtype: torch.dtype = torch.float32, *sizes: int) -> str:
         return str(tuning.key_of("op", torch.empty(rows, 8, dtype=dtype), sizes or (8, 1)))
@@ -238,3 +259,52 @@ def test_seconds_is_a_median_without_the_first(monkeypatch: pytest.MonkeyPatch) 
     times = iter([0.0, 100.0, 0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, 4.0, 0.0, 50.0])
     monkeypatch.setattr("momkd.gpu.time.perf_counter", lambda: next(times))
     assert gpu.seconds(lambda: None) == 3.0
+
+
+class Device:
+    """A GPU with a queue: calls and waits cost its time, launching costs the host's; events tell the device's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.busy_until = 0.0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(device.host, device.busy_until)
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1000 * (end.at - self.at)
+
+        monkeypatch.setattr(env, "triton_interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.run(cycles / 2e9))
+        monkeypatch.setattr("momkd.gpu.time.perf_counter", lambda: self.host)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.busy_until)
+
+    def run(self, seconds: float) -> None:
+        self.busy_until = max(self.host, self.busy_until) + seconds
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.run(device)
+
+
+@pytest.mark.parametrize(("host", "device"), [(1e-3, 1e-5), (1e-5, 1e-3), (1e-4, 1e-4)])
+def test_seconds_of_a_gpu_are_those_of_its_kernels(host: float, device: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_ = Device(monkeypatch)
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        for _ in range(3):
+            gpu_.launch(host, device)
+
+    assert gpu.seconds(call, repeats=4) == pytest.approx(3 * device)
+    assert len(calls) == 6
