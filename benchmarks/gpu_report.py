@@ -5,9 +5,9 @@ float64, then `pytest -m gpu`, then compute-sanitizer over small sizes. `--part 
 their forms and their peers, reads hardware counters, and profiles a training step. Without `--part` both run.
 
 Each step runs in a process group of its own with a limit of seconds, and ends with all its children. After every step
-DIR holds PART.tar.gz with all logs and results so far, and summary.txt, the table that is also printed last. The command
-may be given again: steps that passed are not repeated. Nothing is fetched from outside. `--rehearse` runs the same
-steps on a CPU, with Triton's interpreter and tiny sizes, so that no line runs for the first time on the device.
+DIR holds PART.tar.gz with all logs and results so far, and at the end summary.txt, the table that is also printed. Given
+again, the command does not repeat steps that passed. Nothing is fetched from outside. `--rehearse` runs the same steps
+on a CPU, with Triton's interpreter and tiny sizes, so that no line runs for the first time on the device.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
         under = (
             [] if rehearse else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
         )
-        small = ["--out", str(work / f"{tool}.json"), "--sanitized", *(tiny or ["--tiny"])]
+        small = ["--out", str(work / f"{tool}.json"), *(tiny or ["--tiny"])]
         yield Step(
             tool,
             [*under, *python("tests.gpu.smoke", *small)],
