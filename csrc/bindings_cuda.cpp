@@ -30,7 +30,12 @@ PYBIND11_MODULE(_cuda, m) {
   using py::arg;
   m.doc() = "CUDA kernels of momkd, compiled by nvcc; called through momkd.ops.";
   m.def("build_info", &build_info, "CUDA version, architectures compiled (80, 90, ...), version of momkd.");
-  m.def("device_count", &momkd::device_count, "Number of NVIDIA GPUs; 0 without a driver.");
+  m.def("device_count", &momkd::device_count,
+        "Number of NVIDIA GPUs; 0 without a driver, or with one too old for the CUDA that this was built "
+        "with.");
+  m.def("driver_version", &momkd::driver_version,
+        "The newest CUDA that the driver knows, 12040 for 12.4; 0 without one.");
+  m.def("task_bytes", &momkd::task_bytes, "Bytes of the task that `launch` takes.");
   m.def("launch", &launch, arg("name"), arg("task"), arg("blocks"), arg("threads"), arg("shared_bytes"),
         arg("device"), arg("stream"),
         "Start a kernel on a stream of `device`, or raise RuntimeError with CUDA's text.");

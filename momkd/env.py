@@ -4,7 +4,7 @@ MOMKD_BACKEND: the backend for every op that has it, instead of the best that ca
     An op without that backend keeps its own choice (`momkd doctor` shows it); an op that has it but cannot run it here
     raises with the reason.
 MOMKD_TUNE: with 1, Triton kernels time a few ways to cut their work at their first use in a shape (`momkd.tune`).
-MOMKD_CACHE_DIR: the folder of what was found so, by default ~/.cache/momkd.
+MOMKD_CACHE_DIR: the folder of what was found so and of kernels compiled by NVRTC, by default ~/.cache/momkd.
 MOMKD_RANK_TIMEOUT: seconds after which a rank of a distributed training gives up waiting for the others; 1800.
 TRITON_INTERPRET: Triton's own; with 1 its kernels run in Python on the CPU, slowly, to look at their numbers.
 WORLD_SIZE, RANK, LOCAL_RANK: as torchrun sets them for each process (torch reads more of them).

@@ -1,4 +1,4 @@
-"""tests/cpp/*.cpp: what of csrc/cpu can be checked only from C++, compiled by the C++ compiler and run."""
+"""tests/cpp/*.cpp: what of csrc can be checked only from C++, compiled by the C++ compiler and run."""
 
 from __future__ import annotations
 
@@ -56,3 +56,10 @@ def test_mathematics_on_vectors(tmp_path: Path, isa: str) -> None:
 def test_how_the_ema_cuts_its_rows(tmp_path: Path) -> None:
     kernels = ["-DMOMKD_ISA=baseline", "csrc/cpu/ema_scatter_rows.cpp", "csrc/cpu/isa.cpp"]
     assert run(tmp_path, "tests/cpp/ema_check.cpp", *kernels) == ""
+
+
+def test_shared_memory_is_allowed_once_for_each_kernel_and_gpu(tmp_path: Path) -> None:
+    """CUDA's runtime is replaced by one that counts; eight threads start kernels."""
+    (tmp_path / "cuda_runtime_api.h").write_text('#include "cpp/counting_cuda_runtime.h"\n')
+    flags = [f"-I{tmp_path}", f"-I{ROOT / 'tests'}", "-pthread", "-D__CUDA_ARCH_LIST__=800,900", "-Wno-unknown-pragmas"]
+    assert run(tmp_path, *flags, "tests/cpp/launch_check.cpp") == ""

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": GROUND,
     "kernels": GROUND | {"reference"},  # definitions: parameter tuples, the levels of dropout
     "native": GROUND | {"_C", "reference"},  # definitions, as the kernels
-    "cuda": GROUND | {"_cuda"},
+    "cuda": GROUND | {"env", "_cuda"},
     "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},
     "ops": GROUND | BACKENDS | {"dispatch"},

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from momkd.cuda import ema
+
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt"]
 
@@ -86,13 +88,15 @@ def test_cuda_module_works_without_a_driver() -> None:
     archs = cuda.build_info()["archs"]
     assert archs == sorted(archs) != []
     assert cuda.device_count() >= 0
+    assert cuda.driver_version() >= 0
+    assert cuda.task_bytes() == ema.TASK_BYTES
     launch = {"blocks": 1, "threads": 32, "shared_bytes": 0, "stream": 0}
     with pytest.raises(RuntimeError, match="cudaSetDevice: "):
-        cuda.launch("ema_apply_kernel", bytes(288), device=10_000, **launch)
+        cuda.launch("ema_apply_kernel", bytes(ema.TASK_BYTES), device=10_000, **launch)
     with pytest.raises(ValueError, match="there is no kernel ema"):
-        cuda.launch("ema", bytes(288), device=0, **launch)
-    with pytest.raises(ValueError, match="task: expected 288 bytes, got 287"):
-        cuda.launch("ema_apply_kernel", bytes(287), device=0, **launch)
+        cuda.launch("ema", bytes(ema.TASK_BYTES), device=0, **launch)
+    with pytest.raises(ValueError, match=f"task: expected {ema.TASK_BYTES} bytes, got {ema.TASK_BYTES - 1}"):
+        cuda.launch("ema_apply_kernel", bytes(ema.TASK_BYTES - 1), device=0, **launch)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The CUDA kernels (csrc/cuda): by `momkd._cuda`, or where that is not built compiled by NVRTC through CuPy.
+"""The CUDA kernels (csrc/cuda): by `momkd._cuda`, or where that can't run here compiled by NVRTC through CuPy.
 
 No mathematics here, and no CUDA context before a kernel starts.
 """
@@ -24,16 +24,15 @@ _MODULES = dict.fromkeys(("ema_accumulate", "ema_apply_", "ema_scatter_"), "ema"
 
 @cache
 def extension() -> tuple[Any, str]:
-    """The module `momkd._cuda`, or None and why it is not there."""
+    """Return the module `momkd._cuda`, or None and why it is not there."""
     try:
         return importlib.import_module("momkd._cuda"), "built"
     except ImportError as error:
         return None, f"momkd._cuda is not installed ({error})"
 
 
-@cache
 def available() -> tuple[bool, str]:
-    """Whether there is something to start kernels with, and what."""
+    """Return whether there is something to start kernels with, and what; whether it fits a GPU says `launcher`."""
     module, reason = extension()
     if module is not None:
         return True, "by momkd._cuda"
@@ -43,13 +42,62 @@ def available() -> tuple[bool, str]:
     return False, f"{reason}, and {why_not}; install momkd where nvcc is, or its extra 'cuda'"
 
 
+def launcher(capability: tuple[int, int]) -> tuple[Any, str]:
+    """Return what starts kernels on a GPU of this compute capability and its name, or None and why nothing can.
+
+    That is `momkd._cuda` if its code runs there, else `momkd.cuda.nvrtc`; both have the function `launch`.
+    """
+    module, reason = extension()
+    if module is not None:
+        reason = _unusable(module, capability)
+        if not reason:
+            return module, "by momkd._cuda"
+    why_not = nvrtc.unusable(capability)
+    if not why_not:
+        return nvrtc, "by NVRTC through CuPy"
+    return None, f"{reason}, and {why_not}; install momkd where nvcc is, or its extra 'cuda'"
+
+
+@cache
+def _unusable(module: Any, capability: tuple[int, int]) -> str:
+    """Return why the extension can't start kernels on a GPU of this compute capability; empty if it can.
+
+    A GPU runs the machine code of its own major version up to its minor one. The highest architecture is there as PTX
+    too, which a driver at least as new as the compiler turns into code for any later GPU.
+    """
+    info, driver = module.build_info(), module.driver_version()
+    if not module.device_count():
+        what = f"a driver for CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "no driver"
+        return f"momkd._cuda was built with CUDA {info['cuda']} and finds {what} and no GPU that it can use"
+    if module.task_bytes() != kernels("ema_scatter_").TASK_BYTES:
+        return "momkd._cuda was built from other sources than this momkd; install it again"
+    major, minor = capability
+    arch, archs = 10 * major + minor, info["archs"]
+    if any(built // 10 == major and built <= arch for built in archs):
+        return ""
+    compiler = [int(part) for part in info["cuda"].split(".")]
+    if arch > max(archs) and driver >= 1000 * compiler[0] + 10 * compiler[1]:
+        return ""
+    built_for = ";".join(map(str, archs))
+    return f"momkd._cuda was built with MOMKD_CUDA_ARCHS={built_for}, this GPU needs {arch}"
+
+
 def kernels(op: str) -> ModuleType:
-    """The module that holds the functions of `op`."""
+    """Return the module that holds the functions of `op`."""
     return importlib.import_module(f"momkd.cuda.{_MODULES[op]}")
 
 
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
-    """Whether the CUDA kernels take these tensors: the memory (C, K, S), then the rows or sums, then others."""
+    """Return whether the CUDA kernels take these tensors: the memory (C, K, S), then the rows or sums, then others."""
     tensors = [t for t in args if t is not None]
     if other := [t.device for t in tensors if t.device.type != "cuda"]:
         return False, f"runs on an NVIDIA GPU, the tensors are on {other[0]}"
@@ -63,16 +111,17 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no GPU that torch can use"
     try:
-        capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+        capability = _capability(_index(tensors[0].device if tensors else torch.device("cuda")))
     except RuntimeError as error:
         return False, f"no GPU can be used: {' '.join(str(error).split())}"
     if capability < _LEAST_CAPABILITY:
         return False, "needs compute capability {}.{}, this GPU has {}.{}".format(*_LEAST_CAPABILITY, *capability)
-    return True, f"tensors on a GPU, {reason}"
+    module, reason = launcher(capability)
+    return module is not None, f"tensors on a GPU, {reason}" if module is not None else reason
 
 
 def unfit(memory: Tensor, rows: Tensor | None = None) -> str:
-    """Why the kernels don't take a memory (C, K, S) and rows or sums of some dtype; empty if they do."""
+    """Return why the kernels don't take a memory (C, K, S) and rows or sums of some dtype; empty if they do."""
     if memory.dtype != torch.float32 or not memory.is_contiguous():
         return f"takes a contiguous float32 memory, got {memory.dtype} with strides {memory.stride()}"
     for size, (what, most) in zip(memory.shape, _MOST, strict=False):
@@ -84,14 +133,13 @@ def unfit(memory: Tensor, rows: Tensor | None = None) -> str:
 
 
 def start(name: str, task: bytes, blocks: int, threads: int, shared: int, device: torch.device) -> None:
-    """Starts a kernel of csrc/cuda on torch's current stream of the device. An error of CUDA is a RuntimeError."""
+    """Start a kernel of csrc/cuda on torch's current stream of the device. An error of CUDA is a RuntimeError."""
     if blocks == 0:
         return
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
+    module, reason = launcher(_capability(index))
+    if module is None:
+        raise RuntimeError(f"{name}: {reason}")
     stream = torch.cuda.current_stream(index).cuda_stream
-    module, _ = extension()
     with torch.cuda.device(index):
-        if module is not None:
-            module.launch(name, task, blocks, threads, shared, index, stream)
-        else:
-            nvrtc.launch(name, task, blocks, threads, shared, index, stream)
+        module.launch(name, task, blocks, threads, shared, index, stream)

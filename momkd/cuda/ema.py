@@ -38,6 +38,9 @@ class Task(ctypes.Structure):
     ]
 
 
+TASK_BYTES = ctypes.sizeof(Task)
+
+
 class Plan(NamedTuple):
     """How the rows are cut, from sizes alone: the same on every GPU, so that sums are."""
 
