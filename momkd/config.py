@@ -131,6 +131,7 @@ class TrainConfig:
     balanced: bool = _switch(True, "draw slides so that all classes are equally frequent")
     amp: bool = _switch(True, "bfloat16 matrix products on a GPU")
     cache_gb: float = _number(4.0, 0, 1e6, "of features kept in memory between epochs")
+    device_cache_gb: float = _number(0.0, 0, 1e6, "of features kept on the GPU instead, the first slides that fit")
     seed: int = _number(0, 0, 2**63 - 1, "of weights, order and dropout")
 
 

@@ -14,7 +14,7 @@ from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
 from momkd.data.tables import read_labels, read_rows
 from momkd.errors import InputError
-from momkd.inference import pick_device, probabilities
+from momkd.inference import device_cache, pick_device, probabilities
 from momkd.metrics import evaluate_predictions
 from momkd.plots import plot_roc, plot_training
 from momkd.predictions import prediction_table, read_predictions
@@ -99,6 +99,7 @@ def evaluate_external(
         pin=where.type == "cuda",
         graph=cohort.graphs,
         skipped=cohort.skipped if skip_bad else None,
+        device_cache=device_cache(options, where),
     )
     parts = []
     for fold in run.info.folds:

@@ -26,11 +26,12 @@ from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.genes import OmicsTransform
 from momkd.data.lock import LOCK, locked
 from momkd.data.omics import Omics, read_omics
+from momkd.data.prefetch import DeviceCache
 from momkd.data.splits import Split, check_splits, read_splits
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_run
-from momkd.inference import pick_device, probabilities
+from momkd.inference import device_cache, pick_device, probabilities
 from momkd.predictions import prediction_table, read_predictions
 from momkd.runs import PREDICTIONS, Run, RunInfo, build_model
 from momkd.train import Progress, Trainer
@@ -177,8 +178,9 @@ def train_run(
                 raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
         info = _describe(inputs, chosen, {"features": features, "labels": labels, "omics": omics, "splits": splits})
         with _opened(Path(out), config, info, resume, reporter) as run:
+            kept = None if inputs.cohort is None else device_cache(config.train, where)  # of all folds: the same slides
             for fold in distributed.share([fold for fold in chosen if not run.finished(fold)]):
-                _train_fold(run, inputs, fold, where, skip_bad, reporter)
+                _train_fold(run, inputs, fold, where, skip_bad, reporter, kept)
             if distributed.first():
                 return _finish(run, inputs)
     return run
@@ -273,13 +275,22 @@ def _just_begun(out: Path, files: list[Path], config: Config, resume: bool) -> b
     return resume and files == [out / "config.toml"] and files[0].read_text(encoding="utf-8") == config.to_toml()
 
 
-def _train_fold(run: Run, inputs: Inputs, fold: int, device: torch.device, skip_bad: bool, reporter: Reporter) -> None:
+def _train_fold(
+    run: Run,
+    inputs: Inputs,
+    fold: int,
+    device: torch.device,
+    skip_bad: bool,
+    reporter: Reporter,
+    kept: DeviceCache | None,
+) -> None:
     config, folder, split = run.config, run.fold(fold), inputs.splits[fold]
     transform = _shared_genes(inputs, split, config, folder)
     skipped = inputs.cohort.skipped if skip_bad and inputs.cohort is not None else None
     before = set(skipped or {})
     loaders = {
-        part: _loader(inputs, slides, transform, config, device, skipped) for part, slides in split.parts().items()
+        part: _loader(inputs, slides, transform, config, device, skipped, kept)
+        for part, slides in split.parts().items()
     }
     with distributed.together():
         if len(loaders["train"].slide_ids) == 0:
@@ -357,6 +368,7 @@ def _loader(
     config: Config,
     device: torch.device,
     skipped: dict[str, str] | None,
+    kept: DeviceCache | None,
 ) -> BagLoader:
     options, table, cohort = config.train, inputs.labels.table, inputs.cohort
     profiles = None if transform is None else _profiles(inputs, slides, transform)
@@ -370,10 +382,10 @@ def _loader(
         usable = [bool(np.isfinite(profile).all()) for profile in profiles]
         rows = {slide: torch.from_numpy(profile)[None] for slide, profile in zip(slides, profiles, strict=True)}
         read, sizes = rows.__getitem__, dict.fromkeys(slides, 1)
-    kept = [slide for slide, use in zip(slides, usable, strict=True) if use]
+    chosen = [slide for slide, use in zip(slides, usable, strict=True) if use]
     return BagLoader(
-        kept,
-        table.loc[kept, "label"].to_numpy(np.int64),
+        chosen,
+        table.loc[chosen, "label"].to_numpy(np.int64),
         sizes,
         read,
         None if profiles is None or cohort is None else profiles[usable],
@@ -385,6 +397,7 @@ def _loader(
         pin=device.type == "cuda",
         graph=None if cohort is None else cohort.graphs,
         skipped=skipped,
+        device_cache=kept,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from momkd import distributed, env
+from momkd.config import TrainConfig
 from momkd.data.batches import BagLoader, deal
 from momkd.data.cohort import Cohort, open_cohort
+from momkd.data.prefetch import DeviceCache
 from momkd.errors import InputError
 from momkd.models import MILModel
 from momkd.runs import Run
@@ -74,6 +77,12 @@ def open_slides(
     return cohort, loader
 
 
+def device_cache(options: TrainConfig, device: torch.device) -> DeviceCache | None:
+    """What `train.device_cache_gb` keeps on a GPU; None where it is 0, and on the CPU, whose memory it would copy."""
+    limit = int(options.device_cache_gb * 1e9)
+    return DeviceCache(device, limit) if limit and device.type == "cuda" else None
+
+
 def own_batches(loader: BagLoader) -> tuple[list[list[int]], list[int]]:
     """The plan of every slide once, and the numbers of those batches of it that fall to this rank."""
     plan = loader.once()
@@ -93,11 +102,12 @@ def probabilities(
     found: list[tuple[str, list[float], int]] = []
     with distributed.together():
         plan, mine = own_batches(loader)
-        for batch in loader.batches(plan, only=mine):
-            with autocast(device, amp):
-                logits = model(batch.to(device).bags).logits
-            probs = torch.softmax(logits.double(), 1).tolist()
-            found += zip(batch.slide_ids, probs, batch.labels.tolist(), strict=True)
+        with closing(loader.batches(plan, only=mine, device=device)) as batches:
+            for batch in batches:
+                with autocast(device, amp):
+                    logits = model(batch.bags).logits
+                probs = torch.softmax(logits.double(), 1).tolist()
+                found += zip(batch.slide_ids, probs, batch.labels.tolist(), strict=True)
     place = {slide: n for n, slide in enumerate(loader.slide_ids)}
     everyone = sorted((row for part in distributed.gather(found) for row in part), key=lambda row: place[row[0]])
     if not everyone:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,19 @@ def predict_run(
     cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
     folder = None if attention is None else make_folder(attention)
     rows: list[dict[str, Any]] = []
-    for batch in loader.batches(loader.once()):
-        bags = batch.bags.to(where, non_blocking=True)
-        with torch.inference_mode(), autocast(where, run.config.train.amp):
-            each = [model(bags) for model in models]
-        probs = torch.stack([torch.softmax(p.logits.double(), 1) for p in each]).mean(0).cpu().numpy()
-        rows += [
-            {"slide_id": slide, **{f"prob_{name}": p for name, p in zip(run.info.classes, values, strict=True)}}
-            for slide, values in zip(batch.slide_ids, probs, strict=True)
-        ]
-        if folder is not None:
-            _write_attention(folder, cohort.source, batch.slide_ids, bags, each, used)
-        if report is not None:
-            report(len(rows), len(cohort))
+    with closing(loader.batches(loader.once(), device=where)) as batches:
+        for batch in batches:
+            with torch.inference_mode(), autocast(where, run.config.train.amp):
+                each = [model(batch.bags) for model in models]
+            probs = torch.stack([torch.softmax(p.logits.double(), 1) for p in each]).mean(0).cpu().numpy()
+            rows += [
+                {"slide_id": slide, **{f"prob_{name}": p for name, p in zip(run.info.classes, values, strict=True)}}
+                for slide, values in zip(batch.slide_ids, probs, strict=True)
+            ]
+            if folder is not None:
+                _write_attention(folder, cohort.source, batch.slide_ids, batch.bags, each, used)
+            if report is not None:
+                report(len(rows), len(cohort))
     table = pd.DataFrame(rows)
     predicted = decide(table.iloc[:, 1:].to_numpy(), threshold_of(run, used))
     table["predicted"] = [run.info.classes[c] for c in predicted]

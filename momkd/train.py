@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from momkd import distributed, functional
 from momkd.config import Config
 from momkd.data.atomic import write_csv
-from momkd.data.batches import BagLoader, Batch
+from momkd.data.batch import Batch
+from momkd.data.batches import BagLoader
 from momkd.errors import InputError
 from momkd.inference import autocast, own_batches, probabilities
 from momkd.models import MemoryRows, MILModel, TrainingStep
@@ -153,26 +154,31 @@ class Trainer:
         began = shown = time.perf_counter()
         self.draws.manual_seed(_mixed(*seed, 0, 1))
         self.model.train()
-        for step, (batch, slides, patches) in enumerate(self._shares(plan, seed), start=1):
-            moving = len(taken) + 1 == options.accumulate or step == len(plan)
-            with contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                with autocast(self.device, options.amp):
-                    made = self.parallel(batch.to(self.device))
-                terms, told = self._over_ranks(made)
-                loss = sum((getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(()))
-                (loss / options.accumulate).backward()
-            taken.append(_Taken(made, slides))
-            if len(taken) == options.accumulate:
-                self._move(taken)
-                taken = []
-            seen += patches
-            for name, term in told.items():
-                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term
-            now = time.perf_counter()
-            if self.report and (now - shown > 0.2 or step == len(plan)):  # reading the sums waits for the device
-                shown, best = now, self.best[0] if self.best else None
-                means = {name: float(total) / step for name, total in sums.items()}
-                self.report(Progress(self.epoch, options.epochs, step, len(plan), means, seen / (now - began), best))
+        with contextlib.closing(self._shares(plan, seed)) as shares:
+            for step, (batch, slides, patches) in enumerate(shares, start=1):
+                moving = len(taken) + 1 == options.accumulate or step == len(plan)
+                with contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                    with autocast(self.device, options.amp):
+                        made = self.parallel(batch)
+                    terms, told = self._over_ranks(made)
+                    loss = sum(
+                        (getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(())
+                    )
+                    (loss / options.accumulate).backward()
+                taken.append(_Taken(made, slides))
+                if len(taken) == options.accumulate:
+                    self._move(taken)
+                    taken = []
+                seen += patches
+                for name, term in told.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term
+                now = time.perf_counter()
+                if self.report and (now - shown > 0.2 or step == len(plan)):  # reading the sums waits for the device
+                    shown, best = now, self.best[0] if self.best else None
+                    means = {name: float(total) / step for name, total in sums.items()}
+                    self.report(
+                        Progress(self.epoch, options.epochs, step, len(plan), means, seen / (now - began), best)
+                    )
         if taken:
             self._move(taken)
         means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
@@ -188,19 +194,22 @@ class Trainer:
         rate = float(self.optimizer.param_groups[0]["lr"])
         return {**means, "learning_rate": rate, "patches_per_second": seen / seconds}
 
-    def _shares(self, plan: Sequence[Sequence[int]], seed: tuple[int, int]) -> Iterator[tuple[Batch, int, int]]:
+    def _shares(
+        self, plan: Sequence[Sequence[int]], seed: tuple[int, int]
+    ) -> Generator[tuple[Batch, int, int], None, None]:
         """This rank's share of every batch, and the slides and patches that it has on all ranks."""
-        if self.ranks == 1:
-            for batch in self.training.batches(plan, seed=seed):
-                yield batch, len(batch.bags), batch.bags.num_rows
-            return
-        shares = self.training.batches(plan, seed=seed, share=(distributed.rank(), self.ranks))
-        for _ in plan:
-            with distributed.together():  # a slide that cannot be read ends the training of all
-                batch = next(shares)
-            total = torch.tensor([len(batch.bags), batch.bags.num_rows], dtype=torch.float64)
-            distributed.add_(total)
-            yield batch, int(total[0]), int(total[1])
+        share = None if self.ranks == 1 else (distributed.rank(), self.ranks)
+        with contextlib.closing(self.training.batches(plan, seed=seed, share=share, device=self.device)) as batches:
+            if self.ranks == 1:
+                for batch in batches:
+                    yield batch, len(batch.bags), batch.bags.num_rows
+                return
+            for _ in plan:
+                with distributed.together():  # a slide that cannot be read ends the training of all
+                    batch = next(batches)
+                total = torch.tensor([len(batch.bags), batch.bags.num_rows], dtype=torch.float64)
+                distributed.add_(total)
+                yield batch, int(total[0]), int(total[1])
 
     def _over_ranks(self, made: TrainingStep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms of the loss to differentiate, and what they are over all ranks.
@@ -282,11 +291,12 @@ class Trainer:
         reservoir = Reservoir(classes, self.config.memory.reservoir, width, self.device)
         with distributed.together():
             plan, mine = own_batches(self.training)
-            for batch in self.training.batches(plan, only=mine):
-                with autocast(self.device, self.options.amp):
-                    rows = self.losses(batch.to(self.device)).memory_rows
-                if rows is not None:
-                    reservoir.add(rows, torch.Generator().manual_seed(_mixed(seed, batch.number)))
+            with contextlib.closing(self.training.batches(plan, only=mine, device=self.device)) as batches:
+                for batch in batches:
+                    with autocast(self.device, self.options.amp):
+                        rows = self.losses(batch).memory_rows
+                    if rows is not None:
+                        reservoir.add(rows, torch.Generator().manual_seed(_mixed(seed, batch.number)))
         for c, (keys, rows) in enumerate(reservoir.kept):
             reservoir.cut(c, distributed.gather_rows(keys), distributed.gather_rows(rows))
         memory.fill_(*reservoir.rows(), generator=torch.Generator().manual_seed(seed))

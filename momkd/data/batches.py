@@ -6,41 +6,23 @@ and so does each of several ranks, which reads its own share of every batch.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from momkd.bags import Bags
+from momkd.data.batch import Assembled, Batch
+from momkd.data.prefetch import DeviceCache, KeptRows, Transfer, ahead, transfer_to
 from momkd.errors import InputError
 from momkd.graph import Edges, batch
 
 _AHEAD = 2  # batches read while one is in use
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B slides: bags, labels (B,) int64 with −1 for none; profiles (B, G) and has_omics (B,) bool, or None.
-
-    `number` is its place in the plan.
-    """
-
-    number: int
-    slide_ids: tuple[str, ...]
-    bags: Bags
-    labels: Tensor
-    omics: Tensor | None = None
-    has_omics: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        """On `device`; from pinned memory without waiting."""
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.omics, self.has_omics))
-        bags, labels = self.bags.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
-        return Batch(self.number, self.slide_ids, bags, labels, *moved)
+_ON_DEVICE_AHEAD = 1  # of them copied to a GPU already
 
 
 @dataclass(eq=False)
@@ -60,6 +42,7 @@ class BagLoader:
         bucket: slides, in the order they were drawn, that are sorted by size before they are joined into batches, which
             are then shuffled: batches of like slides fill the budget better. 0 joins them as they were drawn.
         pin: page-locked batches, for a GPU.
+        device_cache: features kept on a device, instead of in memory, while they fit.
         graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
     """
@@ -77,7 +60,8 @@ class BagLoader:
     bucket: int = 0
     graph: Callable[[str, np.ndarray[tuple[int], np.dtype[np.int64]] | None], Edges] | None = None
     skipped: dict[str, str] | None = None
-    _cache: dict[str, tuple[Tensor, Edges | None]] = field(default_factory=dict, init=False, repr=False)
+    device_cache: DeviceCache | None = None
+    _cache: dict[str, tuple[Tensor | None, Edges | None]] = field(default_factory=dict, init=False, repr=False)
     _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
     _nothing: tuple[Tensor, Edges | None] | None = field(default=None, init=False, repr=False)  # of a slide: no row
 
@@ -111,8 +95,12 @@ class BagLoader:
         seed: Sequence[int] | None = None,
         share: tuple[int, int] | None = None,
         only: Sequence[int] | None = None,
-    ) -> Iterator[Batch]:
+        device: torch.device | str | None = None,
+    ) -> Generator[Batch, None, None]:
         """The batches of a plan, read ahead by a thread. One of which no slide can be read is left out.
+
+        On a GPU a batch is used by the stream that is current where it is taken. While it is in use the next one is
+        copied, on a stream of its own; three batches at most take memory there. Closing the iterator ends the threads.
 
         Args:
             plan: rows of `slide_ids`, batch by batch.
@@ -120,16 +108,29 @@ class BagLoader:
             share: (rank, ranks): of every batch, the slides that fall to this rank, so that the ranks' patches are
                 about equal. Then every batch comes, be it one of no slides.
             only: the numbers of the batches that are wanted, ascending; None for all.
+            device: where the batches go; None leaves them in host memory.
+
+        Raises:
+            ValueError: `device_cache` is on another device.
         """
-        with ThreadPoolExecutor(1, "momkd-read") as pool:
-            waiting: deque[Future[Batch | None]] = deque()
-            for number in range(len(plan)) if only is None else only:
-                waiting.append(pool.submit(self._batch, number, plan[number], seed, share))
-                if len(waiting) > _AHEAD and (batch := waiting.popleft().result()) is not None:
-                    yield batch
-            while waiting:
-                if (batch := waiting.popleft().result()) is not None:
-                    yield batch
+        transfer = None if device is None else transfer_to(torch.device(device))
+        cache = None if transfer is None else self.device_cache
+        if transfer is not None and cache is not None and cache.device != transfer.device:
+            raise ValueError(f"device: expected {cache.device} like device_cache, got {device}; make a cache there")
+        numbers = range(len(plan)) if only is None else only
+        read = ahead((partial(self._batch, n, plan[n], seed, share, cache) for n in numbers), _AHEAD, "momkd-read")
+        with closing(read):
+            if transfer is None or not transfer.overlaps:
+                for assembled in read:
+                    if assembled is not None:
+                        yield assembled.batch if transfer is None else assembled.to(transfer.device)
+                return
+            copies = (partial(_copied, read, transfer, transfer.mark()) for _ in numbers)
+            with closing(ahead(copies, _ON_DEVICE_AHEAD, "momkd-copy")) as copied:
+                for moved in copied:
+                    if moved is not None:
+                        transfer.receive(moved[0].tensors(), moved[1])
+                        yield moved[0]
 
     def patches(self, rows: Sequence[int], *, most: int = 0) -> list[int]:
         """Patches of each of these slides, `most` at most unless 0."""
@@ -149,9 +150,17 @@ class BagLoader:
         return plan
 
     def _batch(
-        self, number: int, rows: Sequence[int], seed: Sequence[int] | None, share: tuple[int, int] | None
-    ) -> Batch | None:
-        features, graphs, kept = [], [], []
+        self,
+        number: int,
+        rows: Sequence[int],
+        seed: Sequence[int] | None,
+        share: tuple[int, int] | None,
+        cache: DeviceCache | None,
+    ) -> Assembled | None:
+        features: list[Tensor] = []
+        graphs: list[Edges | None] = []
+        kept: list[int] = []
+        on_device: dict[int, KeptRows] = {}
         most = 0 if seed is None else self.max_patches
         mine = range(len(rows)) if share is None else deal(self.patches(rows, most=most), share[1])[share[0]]
         for position in mine:
@@ -161,12 +170,15 @@ class BagLoader:
                 rng = np.random.default_rng([*seed, number, position])
                 drawn = np.sort(rng.choice(self.sizes[slide], most, replace=False))
             try:
-                x, edges = self._slide(slide, drawn)
+                x, edges = self._slide(slide, drawn, cache)
             except InputError as error:
                 if self.skipped is None:
                     raise
                 self.skipped[slide] = str(error)
                 continue
+            if isinstance(x, KeptRows):
+                on_device[len(kept)] = x
+                x = x.none()
             features.append(x)
             graphs.append(edges)
             kept.append(row)
@@ -183,12 +195,16 @@ class BagLoader:
             has_omics = ~profiles.isnan().any(1)
             omics = torch.where(has_omics[:, None], profiles, torch.zeros_like(profiles))
         labels = torch.from_numpy(self.labels[kept])
-        if self.graph is not None:
-            edges = batch([edges for edges in graphs if edges is not None])
-            bags = bags.with_edges(edges.pin_memory() if self.pin else edges)
         if self.pin:
             labels = labels.pin_memory()
-        return Batch(number, tuple(self.slide_ids[row] for row in kept), bags, labels, omics, has_omics)
+            omics, has_omics = (None if t is None else t.pin_memory() for t in (omics, has_omics))
+        joined = None
+        if self.graph is not None:
+            joined = batch([edges for edges in graphs if edges is not None])
+            joined = joined.pin_memory() if self.pin else joined
+        bags = bags if on_device else bags.with_edges(joined)
+        slide_ids = tuple(self.slide_ids[row] for row in kept)
+        return Assembled(Batch(number, slide_ids, bags, labels, omics, has_omics), on_device, joined)
 
     def _no_rows(self) -> tuple[Tensor, Edges | None]:
         """Features (0, L) and their graph, cut from a slide that can be read."""
@@ -215,27 +231,49 @@ class BagLoader:
         return replace(bags, offsets=bags.offsets.pin_memory())
 
     def _slide(
-        self, slide: str, drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None
-    ) -> tuple[Tensor, Edges | None]:
+        self,
+        slide: str,
+        drawn: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
+        cache: DeviceCache | None = None,
+    ) -> tuple[Tensor | KeptRows, Edges | None]:
         """Features and graph of a slide, or of the patches that were drawn from it; only the whole is kept."""
         x, edges = self._cache.get(slide, (None, None))
+        on_device = None if cache is None else cache.get(slide)
         new = 0  # bytes
-        if x is None:
+        if x is None and on_device is None:
             x = self.read(slide)
-            new += x.nbytes
+            on_device = None if cache is None else cache.keep(slide, x, pin=self.pin)
+            x, new = (x, x.nbytes) if on_device is None else (None, 0)
+        fresh = new > 0
         if self.graph is not None and drawn is None and edges is None:
             edges = self.graph(slide, None)
             new += edges.nbytes
         if new and self._held + new <= self.cache_bytes:
-            if slide not in self._cache:
+            if x is not None and fresh:
                 x = x.clone()  # what is mapped from a packed store would still be read from it
             self._cache[slide] = x, edges
             self._held += new
+        index = None if drawn is None else torch.from_numpy(drawn)
         if drawn is not None:
-            x, edges = x[torch.from_numpy(drawn)], None if self.graph is None else self.graph(slide, drawn)
+            edges = None if self.graph is None else self.graph(slide, drawn)
+        rows: Tensor | KeptRows
+        if on_device is not None:
+            rows = KeptRows(on_device, index.pin_memory() if index is not None and self.pin else index)
+        else:
+            assert x is not None
+            rows = x if index is None else x[index]
         if self._nothing is None:
-            self._nothing = x[:0].clone(), None if edges is None else edges.rows(0, 0)
-        return x, edges
+            nothing = rows.none() if isinstance(rows, KeptRows) else rows[:0].clone()
+            self._nothing = nothing, None if edges is None else edges.rows(0, 0)
+        return rows, edges
+
+
+def _copied(
+    read: Iterator[Assembled | None], transfer: Transfer, after: torch.cuda.Event | None
+) -> tuple[Batch, torch.cuda.Event | None] | None:
+    """The next batch that the reader made, copied to the device; the copier's task."""
+    assembled = next(read, None)
+    return None if assembled is None else transfer.copy(partial(assembled.to, transfer.device), after)
 
 
 def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,23 +76,24 @@ def look(
         most: m, the patches of a slide kept for each prototype.
     """
     memory = None if prototypes is None else prototypes.flatten(0, 1).to(device)
-    for batch in loader.batches(plan):
-        bags = batch.bags.to(device, non_blocking=True)
-        with torch.inference_mode(), autocast(device, amp):
-            if memory is not None and isinstance(model, MoMKD):
-                found = model.project(bags)
-                prediction, patches, slides = found.prediction, found.patches, found.slides
-            else:
-                prediction, patches, slides = model(bags), None, None
-        probs = torch.softmax(prediction.logits.double(), 1).cpu().numpy()
-        predicted = decide(probs, threshold)
-        attention = prediction.attention.float().cpu().numpy().astype(np.float64)  # (N, H)
-        for b, (first, last) in enumerate(zip(bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True)):
-            head = predicted[b] if attention.shape[1] > 1 else 0
-            near = None
-            if memory is not None and patches is not None and slides is not None:
-                near = nearest(patches[first:last], memory, slides[b, head], most)
-            yield SlideView(batch.slide_ids[b], probs[b], predicted[b], attention[first:last, head], near)
+    with closing(loader.batches(plan, device=device)) as batches:
+        for batch in batches:
+            bags = batch.bags
+            with torch.inference_mode(), autocast(device, amp):
+                if memory is not None and isinstance(model, MoMKD):
+                    found = model.project(bags)
+                    prediction, patches, slides = found.prediction, found.patches, found.slides
+                else:
+                    prediction, patches, slides = model(bags), None, None
+            probs = torch.softmax(prediction.logits.double(), 1).cpu().numpy()
+            predicted = decide(probs, threshold)
+            attention = prediction.attention.float().cpu().numpy().astype(np.float64)  # (N, H)
+            for b, (first, last) in enumerate(zip(bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True)):
+                head = predicted[b] if attention.shape[1] > 1 else 0
+                near = None
+                if memory is not None and patches is not None and slides is not None:
+                    near = nearest(patches[first:last], memory, slides[b, head], most)
+                yield SlideView(batch.slide_ids[b], probs[b], predicted[b], attention[first:last, head], near)
 
 
 @torch.inference_mode()

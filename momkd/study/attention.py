@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -49,18 +50,19 @@ def attention_table(
         test = predicted[(predicted["part"] == "test") & (predicted["label"] == run.num_classes - 1)]
         wanted = [slide for slide in test["slide_id"] if slide in known_slides]
         model = run.load_model(fold, where)
-        for batch in loader.batches([[place[slide]] for slide in wanted]):
-            (slide,) = batch.slide_ids
-            with torch.inference_mode(), autocast(where, run.config.train.amp):
-                attention = model(batch.bags.to(where)).attention[:, -1].float().cpu().numpy()
-            own = known_slides[slide]
-            if not np.array_equal(own["row"], np.arange(len(attention))):
-                raise InputError(
-                    f"{instances}: {slide}: expected rows 0 to {len(attention) - 1} once each, got {len(own)}; a row "
-                    "stands for a patch of the features"
-                )
-            auc = attention_auc(attention, (own["type"] == kind).to_numpy(np.int64))
-            if auc is not None:
-                rows.append({"fold": fold, "slide_id": slide, "attention_auc": auc})
+        with closing(loader.batches([[place[slide]] for slide in wanted], device=where)) as batches:
+            for batch in batches:
+                (slide,) = batch.slide_ids
+                with torch.inference_mode(), autocast(where, run.config.train.amp):
+                    attention = model(batch.bags).attention[:, -1].float().cpu().numpy()
+                own = known_slides[slide]
+                if not np.array_equal(own["row"], np.arange(len(attention))):
+                    raise InputError(
+                        f"{instances}: {slide}: expected rows 0 to {len(attention) - 1} once each, got {len(own)}; a "
+                        "row stands for a patch of the features"
+                    )
+                auc = attention_auc(attention, (own["type"] == kind).to_numpy(np.int64))
+                if auc is not None:
+                    rows.append({"fold": fold, "slide_id": slide, "attention_auc": auc})
     table: pd.DataFrame = pd.DataFrame(rows, columns=["fold", "slide_id", "attention_auc"])
     return table
