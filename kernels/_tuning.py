@@ -86,6 +86,20 @@ class GateTiles(NamedTuple):
         return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
 
 
+class GradientTiles(GateTiles):
+    """How the gate product is cut in backward, which holds more: with several heads, 32 columns of the gate.
+
+    There, each row of warps has all columns of its rows (64 to a warpgroup). Where warps share the columns, Triton 3.6
+    moves accumulators between the products, and ptxas then runs these one by one (C7515).
+    """
+
+    def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int, hidden: int) -> GateTiles:
+        tiles = super().fitted(chip, dtype, width, heads, align, hidden)
+        if heads > 1 and chip in ROOMY and dtype != torch.float32:
+            return tiles._replace(gate=min(tiles.gate, 32), warps=4)
+        return tiles
+
+
 class SlotTiles(NamedTuple):
     """How the product of rows with the memory is cut: rows of a tile, slots and columns that it takes at a time."""
 
@@ -281,9 +295,11 @@ _SINGLE = (GateTiles(32, 64, 32, 8, 2), GateTiles(32, 32, 32, 8, 2))
 GATE_FORWARD = Candidates(
     half=(GateTiles(128, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 128, 64)), single=_SINGLE
 )
-_GATE_HALF = (GateTiles(64, 128, 64), GateTiles(64, 64, 64))
-GATE_FORWARD_DROPOUT = Candidates(half=_GATE_HALF, single=_SINGLE)
-GATE_BACKWARD = Candidates(half=(*_GATE_HALF, GateTiles(128, 64, 64)), single=_SINGLE)
+_DROPOUT = (GateTiles(64, 128, 64), GateTiles(64, 64, 64))
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    _DROPOUT = _DROPOUT[1:]  # Triton 3.4 spills with 128 columns
+GATE_FORWARD_DROPOUT = Candidates(half=_DROPOUT, single=_SINGLE)
+GATE_BACKWARD = Candidates(half=(GradientTiles(128, 64, 64), GradientTiles(64, 64, 64, 4)), single=_SINGLE)
 MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
     single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),

@@ -12,16 +12,11 @@ import ast
 import importlib.util
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, NamedTuple
@@ -33,26 +28,7 @@ from rich.table import Table
 
 from momkd import env, gpu
 from tests.aot_cases import CASES, OPS, Case, start
-
-
-class Chip(NamedTuple):
-    """A target of Triton, and the most shared memory that a program may ask for."""
-
-    backend: str
-    arch: int | str
-    warp: int
-    shared: int
-
-
-CHIPS = {
-    "sm_80": Chip("cuda", 80, 32, 163 * 1024),
-    "sm_89": Chip("cuda", 89, 32, 99 * 1024),
-    "sm_90": Chip("cuda", 90, 32, 227 * 1024),
-    "sm_100": Chip("cuda", 100, 32, 227 * 1024),
-    "gfx942": Chip("hip", "gfx942", 64, 64 * 1024),
-}
-# From sm_90 on, the system keeps 1 KiB of each program, which cuobjdump counts and the limits above don't.
-_RESERVED_SHARED = 1024
+from tests.aot_read import CHIPS, Chip, Report, cuobjdump, dots, hear_ptxas, ptxas_warnings, read_amdgcn, read_cubin
 
 
 class Launch(NamedTuple):
@@ -76,55 +52,15 @@ class Job:
     cases: list[Case]
 
 
-@dataclass
-class Report:
-    """What one compilation became. Bytes of spills and stack are those of one thread."""
-
-    kernel: str
-    case: str
-    arch: str
-    warps: int
-    stages: int
-    parameters: tuple[str, ...] = ()
-    constants: dict[str, Any] = field(default_factory=dict)
-    cases: tuple[Case, ...] = ()
-    error: str = ""
-    registers: int = 0
-    shared: int = 0
-    spills: int = 0
-    stack: int = 0
-    scalar_spills: int = 0  # gfx942: scalar registers kept in lanes of vector registers
-    dots: list[tuple[int, int, int, str]] = field(default_factory=list)  # products: M, N, K, type of the operands
-    tensor: dict[str, int] = field(default_factory=dict)  # tensor-core instructions
-    loads: dict[int, int] = field(default_factory=dict)  # global loads by width in bits
-    stores: dict[int, int] = field(default_factory=dict)
-
-    def tensor_families(self) -> dict[str, int]:
-        """Counts without shapes and types: HGMMA.64x16x16.F32.BF16 is HGMMA."""
-        families: Counter[str] = Counter()
-        for name, count in self.tensor.items():
-            families["v_mfma" if name.startswith("v_mfma") else name.split(".")[0]] += count
-        return dict(families)
-
-
 def unavailable() -> str:
     """Why nothing can be compiled here, or nothing."""
     if env.triton_interpreted():
         return "TRITON_INTERPRET is set: jitted functions are interpreted and cannot be compiled; unset it"
     if gpu.triton()[0] is None:
         return gpu.triton()[1]
-    if not Path(_cuobjdump()).is_file():
+    if not Path(cuobjdump()).is_file():
         return "this Triton comes without cuobjdump"
     return ""
-
-
-def _cuobjdump() -> str:
-    from triton import knobs
-
-    try:
-        return str(knobs.nvidia.cuobjdump.path)
-    except RuntimeError:  # Triton's word for "not found"
-        return ""
 
 
 # --- what would be started
@@ -199,14 +135,14 @@ def _bound_for(chip: Chip, hook: Callable[..., bool]) -> Iterator[None]:
     from triton import knobs
     from triton.runtime import driver
 
-    was_active = driver._active
+    before = dict(vars(driver))
     driver.set_active(_NoDriver(chip))
     try:
         with knobs.runtime.scope():
             knobs.runtime.jit_cache_hook = hook
             yield
     finally:
-        driver._active = was_active
+        vars(driver).update(before)
 
 
 def distinct(launches: Sequence[tuple[Case, Launch]], archs: Sequence[str]) -> list[Job]:
@@ -254,7 +190,7 @@ def _one_parser_at_a_time() -> Iterator[None]:
 def compile_job(job: Job) -> Report:
     """Compiles (or finds in Triton's cache) and reads; a failure is told in the report."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import ASTSource, compile, make_backend
 
     names = job.fn.arg_names
     constants = {names[path[0]]: value for path, value in job.constants.items() if len(path) == 1}
@@ -278,11 +214,12 @@ def compile_job(job: Job) -> Report:
         report.error = f"{type(error).__name__}: {error}"
         return report
     report.shared = compiled.metadata.shared
-    report.dots = _dots(compiled.asm["ttir"])
+    report.dots = dots(compiled.asm["ttir"])
     if chip.backend == "cuda":
         read_cubin(compiled.asm["cubin"], report)
+        report.warnings = ptxas_warnings(compiled.asm["ptx"], make_backend(target), job.options, int(chip.arch))
     else:
-        _read_amdgcn(compiled.asm["amdgcn"], report)
+        read_amdgcn(compiled.asm["amdgcn"], report)
     return report
 
 
@@ -304,7 +241,7 @@ def compile_all(
                 why = f"the launcher raised {type(error).__name__}: {error}"
                 broken.append(Report("", f"{case}", arch, 0, 0, cases=(case,), error=why))
         jobs += distinct(launches, [arch])
-    with _one_parser_at_a_time(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with _one_parser_at_a_time(), hear_ptxas(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         futures = [pool.submit(compile_job, job) for job in jobs]
         done: Iterable[Any] = as_completed(futures)
         if show_progress:
@@ -314,87 +251,14 @@ def compile_all(
     return [*(future.result() for future in futures), *broken]
 
 
-# --- reading
-
-
-_DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)\S* \* tensor<\d+x(\d+)x")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
-_RESOURCES = re.compile(r"\b(REG|STACK|SHARED|LOCAL):(\d+)")
-_GCN = re.compile(r"^\s+((?:v_mfma|global_load|buffer_load|flat_load|global_store|buffer_store|flat_store)\w*)", re.M)
-_GCN_META = re.compile(r"^\s+\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size): +(\d+)", re.M)
-_GCN_LDS = re.compile(r"^\s+\.group_segment_fixed_size: +(\d+)", re.M)
-_SASS_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-_GCN_WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
-
-
-def _dots(ttir: str) -> list[tuple[int, int, int, str]]:
-    return [(int(m), int(n), int(k), dtype) for m, k, dtype, n in _DOT.findall(ttir)]
-
-
-def _sass_width(opcode: str) -> int:
-    return next((_SASS_WIDTHS[part] for part in opcode.split(".") if part in _SASS_WIDTHS), 32)
-
-
-@cache
-def _machine_code(cubin: bytes, function: str) -> str:
-    """Resources and instructions in words; the same cubin is often asked about, and its reader is slow."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        chosen = ["-fun", function] if function else []
-        command = [_cuobjdump(), "--dump-resource-usage", "-sass", *chosen, file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def read_cubin(cubin: bytes, report: Report, function: str = "") -> None:
-    """Fills in what the machine code says, of one function where the cubin holds several."""
-    text = _machine_code(cubin, function)
-    usage = {name: int(value) for name, value in _RESOURCES.findall(text)}
-    reserved = _RESERVED_SHARED if report.arch not in ("sm_80", "sm_89") else 0
-    report.registers = usage["REG"]
-    report.shared += max(0, usage["SHARED"] - reserved)
-    report.stack = usage["STACK"] + usage["LOCAL"]
-    opcodes = Counter(_SASS.findall(text))
-    tensor, loads, stores = Counter[str](), Counter[int](), Counter[int]()
-    for opcode, count in opcodes.items():
-        family = opcode.split(".")[0]
-        if family.endswith("MMA"):
-            tensor[opcode] += count
-        elif family in ("LDG", "LDGSTS"):
-            loads[_sass_width(opcode)] += count
-        elif family == "STG":
-            stores[_sass_width(opcode)] += count
-        elif family == "STL":  # ptxas counts the bytes of its spill stores in the same way
-            report.spills += count * _sass_width(opcode) // 8
-    report.tensor, report.loads, report.stores = dict(tensor), dict(loads), dict(stores)
-    if not opcodes:
-        raise RuntimeError(f"{report.kernel} on {report.arch}: cuobjdump gave no instructions")
-
-
-def _read_amdgcn(text: str, report: Report) -> None:
-    meta = {name: int(value) for name, value in _GCN_META.findall(text)}
-    report.registers = meta["vgpr_count"]
-    report.spills, report.scalar_spills = 4 * meta["vgpr_spill_count"], meta["sgpr_spill_count"]
-    report.stack = meta["private_segment_fixed_size"]
-    report.shared += sum(map(int, _GCN_LDS.findall(text)))
-    tensor, loads, stores = Counter[str](), Counter[int](), Counter[int]()
-    for opcode, count in Counter(_GCN.findall(text)).items():
-        if opcode.startswith("v_mfma"):
-            tensor[opcode] += count
-        else:
-            width = next((bits for name, bits in _GCN_WIDTHS.items() if name in opcode.split("_")), 8)
-            (loads if "_load" in opcode else stores)[width] += count
-    report.tensor, report.loads, report.stores = dict(tensor), dict(loads), dict(stores)
-
-
 # --- the command
 
 
 def problem(report: Report) -> str:
-    """Why the kernel can't run on its chip, or nothing."""
+    """Why the kernel can't run on its chip, or runs its matrix instructions one by one; or nothing."""
     limit = CHIPS[report.arch].shared
     too_much = f"{report.shared} bytes of shared memory, the chip has {limit}" if report.shared > limit else ""
-    return report.error or too_much
+    return report.error or too_much or "; ".join(f"ptxas: {warning}" for warning in report.warnings)
 
 
 def table(reports: Iterable[Report]) -> Table:
@@ -415,7 +279,7 @@ def table(reports: Iterable[Report]) -> Table:
             (bad if r.spills else "{}").format(r.spills),
             (bad if r.stack else "{}").format(r.stack),
         )
-        tensor = ", ".join(f"{count} {name}" for name, count in sorted(r.tensor_families().items()))
+        tensor = ", ".join(f"{count} {name}" for name, count in sorted(r.tensor_shapes().items()))
         shown.add_row(*start, *numbers, tensor or "-", str(max(r.loads, default=0)))
     return shown
 

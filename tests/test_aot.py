@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +138,9 @@ def most_candidates() -> int:
 def test_products_use_tensor_cores(op: str, every: bool) -> None:
     reports = compiled(op, "sm_90", every)
     assert off_tensor_cores(reports) == []
+    # Names hold the shape of the product, rows × columns × depth.
+    names = [name for r in reports for name in r.tensor if name.startswith("HGMMA")]
+    assert [name for name in names if not re.fullmatch(r"HGMMA\.64x\d+x(8|16|32)\..+", name)] == []
     half = [r for r in reports if r.cases[0].dtype != SINGLE]
     expected = PRODUCTS[op]
     if several := [r for r in half if r.cases[0].sizes.get("H", 1) > 1]:
@@ -216,6 +223,39 @@ def test_too_few_warps_for_hgmma_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "sm_90")]
     monkeypatch.setattr(aot, "record", lambda *_: launches)
     assert off_tensor_cores(aot.compile_all([BAD], ["sm_90"]))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_serialised_matrix_instructions_are_seen(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fences, ptxas must wait by itself for matrix instructions, and says so."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_cubin, cubins = CUDABackend.make_cubin, list[bytes]()
+
+    def without_fences(self: Any, ptx: str, *args: Any) -> bytes:
+        cubins.append(make_cubin(self, ptx.replace("wgmma.fence.sync.aligned;", ""), *args))
+        return cubins[-1]
+
+    case = Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1})
+    launches = [r for r in aot.record(case, "sm_90") if r.kernel.__name__ == "gated_attention_pool_fwd_kernel"]
+    monkeypatch.setattr(aot, "record", lambda *_: launches)
+    assert unfit(aot.compile_all([case], ["sm_90"])) == []  # from now on in Triton's cache
+    monkeypatch.setattr(CUDABackend, "make_cubin", without_fences)
+    with contextlib.nullcontext() if cached else always_compiled():
+        reports = aot.compile_all([case], ["sm_90"])
+    assert len(cubins) == 1
+    (trouble,) = unfit(reports)
+    assert "ptxas: (C75" in trouble
+
+
+@contextlib.contextmanager
+def always_compiled() -> Iterator[None]:
+    """Inside, Triton doesn't look into its cache, and keeps nothing in it."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
+        yield
 
 
 def test_narrow_loads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
