@@ -47,10 +47,7 @@ def cache_folder() -> Path | None:
 def _cache_folder(given: str, home: str) -> Path | None:
     if given := given.strip():
         return Path(given).expanduser()
-    try:
-        return Path.home() / ".cache" / "momkd"
-    except RuntimeError:
-        return None
+    return None if home == "~" else Path(home) / ".cache" / "momkd"
 
 
 def world_size() -> int:

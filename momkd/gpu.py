@@ -137,16 +137,18 @@ def _wait() -> None:
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     """Whether the Triton kernels of `op` take these tensors; without tensors, whether they run here at all."""
     wanted = "cpu" if env.triton_interpreted() else "cuda"
-    tensors = [t for t in args if t is not None]
-    devices = [t.device for t in tensors]
-    for device in devices:
+    first = None
+    for t in args:
+        if t is None:
+            continue
+        device = t.device
         if device.type != wanted:
             where = "runs on a GPU" if wanted == "cuda" else "TRITON_INTERPRET runs kernels on the CPU"
             return False, f"{where}, the tensors are on {device}"
-    for device in devices[1:]:
-        if device != devices[0]:
-            return False, f"takes tensors of one device, got {devices[0]} and {device}"
-    for t in tensors:
+        if first is None:
+            first = device
+        elif device != first:
+            return False, f"takes tensors of one device, got {first} and {device}"
         if t.is_floating_point() and t.dtype not in _DTYPES:
             return False, f"takes float16, bfloat16 and float32, got {str(t.dtype).removeprefix('torch.')}"
     if op in _LIMITS and (reason := _LIMITS[op](args)):
@@ -154,6 +156,6 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     module, reason = triton()
     if module is None:
         return False, reason
-    if wanted == "cuda" and not tensors and not torch.cuda.is_available():
+    if wanted == "cuda" and first is None and not torch.cuda.is_available():
         return False, "no GPU that torch can use"
     return True, "interpreted on the CPU" if wanted == "cpu" else "tensors on a GPU"
