@@ -1,4 +1,4 @@
-"""Host time of a call of each op, before a kernel has done any work: `python -m benchmarks.bench_host_cost [--profile OP]`.
+"""Host time of a call of each op, before a kernel has done any work: `python -m benchmarks.bench_host_cost`.
 
 Triton: every launch is replaced by a function that does nothing, and the tensors are so small that what torch itself
 computes costs nothing either. Native: the kernels run, on as few rows. Either way the time left is what a user waits
@@ -27,7 +27,7 @@ from momkd import dispatch, graph
 from momkd import functional as F
 
 ROWS, WIDTH, HIDDEN, CLASSES, SLOTS = 32, 16, 8, 2, 4
-BATCH, BATCHES = 20, 60
+BATCH, SECONDS = 4, 0.4
 TARGET = 150e-6  # of gated_attention_pool forward and backward by Triton
 MODULES = ("gated_attention_pool", "attention_pool", "graph_attention", "memory_guided_pool", "memory_similarity")
 LAUNCHERS = (*MODULES, "segment_pool", "soft_angle_loss", "_slots")
@@ -125,15 +125,15 @@ def steps(case: Case) -> dict[str, Callable[[], object]]:
     return {"inference": inference, "forward": case.call, "forward and backward": both}
 
 
-def least(call: Callable[[], object], batches: int = BATCHES) -> float:
-    """Seconds of a call: the least mean of short batches, after one that warms up."""
-    best = float("inf")
-    for number in range(batches + 1):
+def least(call: Callable[[], object]) -> float:
+    """Seconds of a call: the least mean of batches, so short that other processes leave some of them alone."""
+    call()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
         began = time.perf_counter()
         for _ in range(BATCH):
             call()
-        if number:
-            best = min(best, (time.perf_counter() - began) / BATCH)
+        best = min(best, (time.perf_counter() - began) / BATCH)
     return best
 
 
@@ -166,7 +166,7 @@ def test_host_cost(benchmark: Any, op: str, backend: str, device: str) -> None:
             benchmark.extra_info[f"host µs of {name}"] = round(each * 1e6, 1)
         if op == "gated_attention_pool" and backend == "triton":
             benchmark.extra_info["target met"] = seconds["forward and backward"] <= TARGET
-        benchmark.pedantic(list(steps(case).values())[-1], rounds=5, iterations=BATCH)
+        benchmark.pedantic(list(steps(case).values())[-1], rounds=5, iterations=20)
 
 
 def main(

@@ -30,7 +30,8 @@ def launch(
     if 0 in grid:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **meta)
 
 
@@ -64,7 +65,17 @@ def tile_programs(rows: int, bags: int, block: int) -> int:
 
 def padded_heads(heads: int) -> int:
     """Heads of a tile: 1 is summed elementwise, more go through a matrix product, which wants 16 at least."""
-    return 1 if heads == 1 else max(16, triton.next_power_of_2(heads))
+    return 1 if heads == 1 else max(16, next_power_of_2(heads))
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not under n ≥ 1, without Triton's own wrapper, which takes microseconds."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, without Triton's own wrapper, which takes microseconds."""
+    return -(-a // b)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, alignment, precision, product, row_pointers
+from momkd.kernels._common import INF, alignment, next_power_of_2, precision, product, row_pointers
 from momkd.kernels._tuning import MEMORY, SlotTiles, register_limit
 
 R = TypeVar("R")
@@ -37,7 +37,7 @@ class Bank(NamedTuple):
         """What every kernel here is compiled for."""
         tiles = self.tiles
         return {
-            "CLASSES": max(2, triton.next_power_of_2(self.sizes[0])),
+            "CLASSES": max(2, next_power_of_2(self.sizes[0])),
             "SLOTS": tiles.slots,
             "BLOCK": tiles.rows,
             "COLUMNS": tiles.columns,

@@ -20,6 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
+from momkd.kernels._common import next_power_of_2
+
 # The chip to cut for and the candidate to take, where they are not to be found out: for compiling ahead of time.
 CHIP: str | None = None
 CANDIDATE: int | None = None
@@ -38,6 +40,11 @@ def chip(device: torch.device) -> str:
         return "sm_90"
     if torch.version.hip:
         return "gfx"
+    return _capability(device)
+
+
+@cache
+def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -146,9 +153,13 @@ class Candidates(NamedTuple, Generic[T]):
 
     def fitted(self, like: Tensor, *sizes: int) -> list[T]:
         """Those for values of the type of `like` on its device, each once."""
-        here = chip(like.device)
-        given = self.single if like.dtype == torch.float32 else self.half
-        return list(dict.fromkeys(tiles.fitted(here, like.dtype, *sizes) for tiles in given))
+        key = id(self), chip(like.device), like.dtype, sizes
+        held = _FITTED.get(key)
+        if held is None or held[0] is not self:
+            given = self.single if like.dtype == torch.float32 else self.half
+            tiles = list(dict.fromkeys(tiles.fitted(key[1], like.dtype, *sizes) for tiles in given))
+            held = _FITTED[key] = self, tiles
+        return held[1]
 
     def choose(self, op: str, like: Tensor, *sizes: int, run: Callable[[T], object]) -> T:
         """The tiles to take for rows (N, …) `like` these; `run` does the op's work with some, and may be repeated."""
@@ -156,6 +167,9 @@ class Candidates(NamedTuple, Generic[T]):
         if CANDIDATE is not None:
             return found[min(CANDIDATE, len(found) - 1)]
         return STORE.choose(key_of(op, like, sizes), found, run, like.device)
+
+
+_FITTED: dict[Any, tuple[Any, list[Any]]] = {}  # asked in every call
 
 
 # --- what is on disk
@@ -173,10 +187,13 @@ def _device_name(device: torch.device) -> str:
 
 def key_of(op: str, like: Tensor, sizes: Sequence[int]) -> str:
     """What a choice holds for. Rows count by the power of two that holds them."""
-    rows = triton.next_power_of_2(max(1, like.shape[0]))
-    dtype = str(like.dtype).removeprefix("torch.")
-    words = op, _device_name(like.device), f"triton {triton.__version__}", dtype, *sizes, f"rows {rows}"
-    return " | ".join(map(str, words))
+    return _key(op, _device_name(like.device), like.dtype, tuple(sizes), next_power_of_2(max(1, like.shape[0])))
+
+
+@cache
+def _key(op: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...], rows: int) -> str:
+    kind = str(dtype).removeprefix("torch.")
+    return " | ".join(map(str, (op, device, f"triton {triton.__version__}", kind, *sizes, f"rows {rows}")))
 
 
 class Store:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from momkd.graph import Edges
-from momkd.kernels._common import INF, launch, rows_of, work
+from momkd.kernels._common import INF, cdiv, launch, rows_of, work
 from momkd.kernels._tuning import GRAPH, GRAPH_BACKWARD, GraphTiles, register_limit
 from momkd.reference.philox import keep_scale, keep_threshold
 
@@ -262,7 +262,7 @@ def graph_attention_backward(
     grad, x_l, x_r, att = grad.contiguous(), rows_of(x_l), rows_of(x_r), att.contiguous()
     nodes, (heads, width) = x_l.shape[0], att.shape
     (tiles,) = GRAPH_BACKWARD.fitted(x_l, width)
-    programs = triton.cdiv(nodes, tiles.nodes)
+    programs = cdiv(nodes, tiles.nodes)
     pairs = x_l.new_empty(len(scores), heads, 2, dtype=torch.float32)
     d_r = x_r.new_empty(x_r.shape if needs[1] else 0)
     parts = x_l.new_empty(programs, heads, width, dtype=torch.float32)

@@ -19,6 +19,7 @@ from torch import Tensor
 from momkd.kernels._common import (
     INF,
     alignment,
+    cdiv,
     launch,
     locate_tile,
     padded_heads,
@@ -277,7 +278,7 @@ def _rows_backward(
     d_scores: Tensor, z: Tensor, temperature: Tensor, per_class: bool, slots: Tensor, need_z: bool, bank: Bank
 ) -> tuple[Tensor | None, Tensor]:
     """d_z (N, S), and of each tile the sum of d_score · margin."""
-    programs = triton.cdiv(z.shape[0], bank.tiles.rows)
+    programs = cdiv(z.shape[0], bank.tiles.rows)
     by_tile = d_scores.new_empty(programs)
     d_z = z.new_empty(z.shape) if need_z else None
     launch(

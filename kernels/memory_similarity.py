@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import launch, product, rows_of, work
+from momkd.kernels._common import cdiv, launch, product, rows_of, work
 from momkd.kernels._slots import (
     Bank,
     bank_columns,
@@ -236,12 +236,12 @@ def similarity_backward(
     d_z = d_memory = None
     if needs[0]:
         d_z = z.new_empty(z.shape)
-        tiles = triton.cdiv(z.shape[0], bank.tiles.rows)
+        tiles = cdiv(z.shape[0], bank.tiles.rows)
         rows = grad, z, z.stride(0), bank.unit
         if similarities is None:
             launch(max_backward_kernel, (tiles,), *rows, slots, d_z, z.shape[0], *bank.sizes, **bank.meta)
         else:
-            grid = (tiles, triton.cdiv(z.shape[1], bank.tiles.columns))
+            grid = (tiles, cdiv(z.shape[1], bank.tiles.columns))
             launch(
                 *(lse_backward_kernel, grid, *rows, similarities, d_z, z.shape[0], *bank.sizes, tau),
                 **bank.meta,
@@ -257,7 +257,7 @@ def _similarity(z: Tensor, bank: Bank, reduce: str, tau: float) -> tuple[Tensor,
     similarities, slots = z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.int32)
     launch(
         memory_similarity_fwd_kernel,
-        (triton.cdiv(z.shape[0], bank.tiles.rows),),
+        (cdiv(z.shape[0], bank.tiles.rows),),
         *(z, z.stride(0), bank.unit, similarities, slots, z.shape[0], *bank.sizes, tau),
         LSE=reduce == "lse",
         PRECISION=bank.precision,
@@ -272,12 +272,12 @@ def _bank_backward(
     """The gradient of the unit prototypes (C, K, S)."""
     (rows, columns), (classes, prototypes, _) = z.shape, bank.sizes
     room = _PARTIAL_NUMBERS // (classes * prototypes * columns)
-    parts = min(triton.cdiv(rows, bank.tiles.rows), _PARTS, max(1, room))
+    parts = min(cdiv(rows, bank.tiles.rows), _PARTS, max(1, room))
     partial = z.new_empty(parts, *bank.sizes, dtype=torch.float32)
-    blocks = triton.cdiv(prototypes, bank.tiles.slots)
+    blocks = cdiv(prototypes, bank.tiles.slots)
     launch(
         bank_backward_kernel,
-        (parts, classes * blocks, triton.cdiv(columns, bank.tiles.columns)),
+        (parts, classes * blocks, cdiv(columns, bank.tiles.columns)),
         *(grad, z, z.stride(0), bank.unit, grad if similarities is None else similarities, slots, partial),
         *(rows, *bank.sizes, tau),
         LSE=similarities is not None,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, rows_of, work
+from momkd.kernels._common import INF, cdiv, launch, rows_of, work
 from momkd.kernels._slots import Bank, class_similarities, comparisons, tile_rows, with_bank
 from momkd.kernels.memory_similarity import similarity_backward
 
@@ -158,5 +158,5 @@ def _launch(
     arguments: tuple[Tensor | int, ...],
     numbers: tuple[float, float, float],
 ) -> None:
-    grid = (triton.cdiv(rows, bank.tiles.rows),)
+    grid = (cdiv(rows, bank.tiles.rows),)
     launch(kernel, grid, *arguments, rows, *bank.sizes, *numbers, PRECISION=bank.precision, **bank.meta)

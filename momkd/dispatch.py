@@ -44,6 +44,10 @@ def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[
     """
     _known(op, tuple(OPS), "op")
     _known(backend, BACKENDS, "backend")
+    return _can_run(op, backend, args)
+
+
+def _can_run(op: str, backend: str, args: Sequence[Tensor | None]) -> tuple[bool, str]:
     if backend not in OPS[op]:
         return False, f"no {backend} kernel for {op} in this version"
     if backend == "native":
@@ -68,7 +72,7 @@ def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
             _known(override, BACKENDS, "MOMKD_BACKEND")
             named = override if override in OPS[op] else None
     if named is None:
-        return next(name for name in OPS[op] if can_run(op, name, args)[0])
+        return next(name for name in OPS[op] if name == "torch" or _can_run(op, name, args)[0])
     able, reason = can_run(op, named, args)
     if not able:
         others = [name for name in OPS[op] if can_run(op, name, args)[0]]

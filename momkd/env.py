@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from momkd.errors import InputError
@@ -39,12 +40,14 @@ def tuning_asked() -> bool:
 
 def cache_folder() -> Path | None:
     """MOMKD_CACHE_DIR, or the folder for momkd among the user's caches; None where there is no home."""
-    if given := os.environ.get("MOMKD_CACHE_DIR", "").strip():
+    return _cache_folder(os.environ.get("MOMKD_CACHE_DIR", ""), os.path.expanduser("~"))
+
+
+@cache  # every call of a Triton kernel asks
+def _cache_folder(given: str, home: str) -> Path | None:
+    if given := given.strip():
         return Path(given).expanduser()
-    try:
-        return Path.home() / ".cache" / "momkd"
-    except RuntimeError:
-        return None
+    return None if home == "~" else Path(home) / ".cache" / "momkd"
 
 
 def world_size() -> int:

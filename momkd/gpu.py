@@ -84,8 +84,12 @@ def triton() -> tuple[Any, str]:
 
 def kernels(name: str) -> Any:
     """The module `momkd.kernels.<name>`, told where tuned tiles are kept and whether to tune."""
-    store = importlib.import_module("momkd.kernels._tuning").STORE
-    store.configure(env.cache_folder(), seconds if _asked or env.tuning_asked() else None)
+    _module("_tuning").STORE.configure(env.cache_folder(), seconds if _asked or env.tuning_asked() else None)
+    return _module(name)
+
+
+@cache
+def _module(name: str) -> Any:
     return importlib.import_module(f"momkd.kernels.{name}")
 
 
@@ -149,21 +153,26 @@ def seconds(call: Callable[[], object], repeats: int = 5) -> float:
 
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     """Whether the Triton kernels of `op` take these tensors; without tensors, whether they run here at all."""
-    tensors = [t for t in args if t is not None]
     wanted = "cpu" if env.triton_interpreted() else "cuda"
-    if other := [t.device for t in tensors if t.device.type != wanted]:
-        if wanted == "cpu":
-            return False, f"TRITON_INTERPRET runs kernels on the CPU, the tensors are on {other[0]}"
-        return False, f"runs on a GPU, the tensors are on {other[0]}"
-    if apart := [t.device for t in tensors if t.device != tensors[0].device]:
-        return False, f"takes tensors of one device, got {tensors[0].device} and {apart[0]}"
-    if bad := [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES]:
-        return False, f"takes float16, bfloat16 and float32, got {str(bad[0]).removeprefix('torch.')}"
+    first = None
+    for t in args:
+        if t is None:
+            continue
+        device = t.device
+        if device.type != wanted:
+            where = "runs on a GPU" if wanted == "cuda" else "TRITON_INTERPRET runs kernels on the CPU"
+            return False, f"{where}, the tensors are on {device}"
+        if first is None:
+            first = device
+        elif device != first:
+            return False, f"takes tensors of one device, got {first} and {device}"
+        if t.is_floating_point() and t.dtype not in _DTYPES:
+            return False, f"takes float16, bfloat16 and float32, got {str(t.dtype).removeprefix('torch.')}"
     if op in _LIMITS and (reason := _LIMITS[op](args)):
         return False, reason
     module, reason = triton()
     if module is None:
         return False, reason
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted == "cuda" and first is None and not torch.cuda.is_available():
         return False, "no GPU that torch can use"
     return True, "interpreted on the CPU" if wanted == "cpu" else "tensors on a GPU"

@@ -251,7 +251,9 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.cache_folder() == Path.home() / "elsewhere"
     monkeypatch.delenv("MOMKD_CACHE_DIR")
     assert env.cache_folder() == Path.home() / ".cache" / "momkd"
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setenv("HOME", "/another")
+    assert env.cache_folder() == Path("/another/.cache/momkd")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home
     assert env.cache_folder() is None
 
 

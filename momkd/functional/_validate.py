@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAST = FLOATS[:3]  # by autocast
+_FEW = 1024  # offsets
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int | None], words: str) -> None:
     """`expected` holds a size, or None where any size will do; `words` is how the shape is written in the docs."""
-    fits = tensor.ndim == len(expected) and all(
-        want is None or want == size for want, size in zip(expected, tensor.shape, strict=True)
-    )
+    got = tensor.shape
+    fits = len(got) == len(expected)
+    if fits:
+        for want, size in zip(expected, got):  # noqa: B905 (as long as each other)
+            if want is not None and want != size:
+                fits = False
     if not fits:
         sizes = ", ".join("any" if want is None else str(want) for want in expected)
-        raise ValueError(f"{name}: expected {words} = ({sizes}), got {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected {words} = ({sizes}), got {tuple(got)}")
 
 
 def floating(name: str, tensor: Tensor) -> None:
@@ -28,10 +33,11 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def same_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    device = reference.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != reference.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{name}: expected on {reference.device} like {reference_name}, got {tensor.device}; "
+                f"{name}: expected on {device} like {reference_name}, got {tensor.device}; "
                 f"use {name}.to({reference_name}.device)"
             )
 
@@ -45,6 +51,10 @@ def offsets(tensor: Tensor, rows: int) -> None:
         )
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    if tensor.shape[0] <= _FEW:  # a list is quicker than three calls of torch
+        ends = tensor.tolist()
+        if ends[0] == 0 and ends[-1] == rows and sorted(ends) == ends:
+            return
     first, last = int(tensor[0]), int(tensor[-1])
     if first != 0 or last != rows:
         raise ValueError(f"offsets: expected to run from 0 to N = {rows}, got {first} to {last}")
@@ -110,9 +120,16 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under torch.autocast, floating tensors take its dtype, as in torch's own matrix products."""
-    kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
+    """Under torch.autocast, floating tensors take its dtype, as in torch's own matrix products: all but float64.
+
+    An op computes in the dtype of its first tensor; where that is float64, the others stay what they are too.
+    """
+    first = tensors[0]
+    assert first is not None
+    kind = first.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    if first.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)
+    return tuple(t.to(dtype) if t is not None and t.dtype in _CAST else t for t in tensors)

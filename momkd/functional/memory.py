@@ -178,7 +178,7 @@ def ema_scatter_(
     assignments: Tensor = ops.ema_scatter_(
         memory, usage, z, row_class, weights, float(momentum), normalize, backend or ""
     )
-    if reseed_below is not None:
+    if reseed_below is not None and not memory.is_meta:
         reference.reseed_(memory, usage, z, row_class, weights, reseed_below, generator)
     return assignments
 
@@ -266,6 +266,8 @@ def reseed_(
     _check_rows(memory, z, row_class, weights)
     check.same_device("memory", memory, usage=usage)
     check.generator(generator)
+    if memory.is_meta:
+        return memory.new_empty(memory.shape[:2], dtype=torch.bool)
     return reference.reseed_(memory, usage, z.detach(), row_class, weights, threshold, generator)
 
 
@@ -288,4 +290,6 @@ def spherical_kmeans(z: Tensor, k: int, iterations: int = 20, generator: torch.G
     check.floating("z", z)
     if k < 1 or iterations < 1:
         raise ValueError(f"k, iterations: expected at least 1 each, got {k} and {iterations}")
+    if z.is_meta:
+        return z.new_empty((k, z.shape[1]), dtype=torch.promote_types(z.dtype, torch.float32))
     return reference.spherical_kmeans(z.detach(), k, iterations, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,11 @@ from momkd.dispatch import choose
 def backend_of(op: str, backend: str, args: Sequence[Tensor | None]) -> Any:
     """The module whose functions run `op` on these tensors: the named backend or the best that can."""
     chosen = choose(op, backend, args)
-    if chosen == "triton":
-        return gpu.kernels(op)
+    return gpu.kernels(op) if chosen == "triton" else _module(op, chosen)
+
+
+@cache
+def _module(op: str, chosen: str) -> Any:
     if chosen == "cuda":
         return cuda.kernels(op)
     return native.kernels(op) if chosen == "native" else reference

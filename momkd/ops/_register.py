@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """How every op is registered with torch: one kernel for all devices, shapes for tracing, and autograd.
 
 This is what `torch.library.custom_op` registers, at less than half of its cost a call: `custom_op` asks the schema for
@@ -8,16 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 
 LIBRARY = torch.library.Library("momkd", "FRAGMENT")
+_KERNELS: dict[str, Callable[..., Any]] = {}  # by the name of the op
 
 
 def custom_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -42,6 +46,8 @@ def custom_op(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Calla
         op = getattr(torch.ops.momkd, name).default
         if mutated:
             _count_changes(op)
+        else:
+            _KERNELS[op.name()] = kernel
         return op
 
     return register
@@ -60,16 +66,24 @@ def register_autograd(
     A derivative that is missing is an error when it is asked for: a second one at its backward, and one in forward
     mode, which would else be zero in silence, at once.
     """
+    name = op.name()
+    kernel = _KERNELS.get(name)
+    returns_list = [str(r.type) for r in op._schema.returns] == ["List[Tensor]"]
+
+    def below(keys: Any, args: Iterable[Any]) -> Any:
+        with _C._AutoDispatchBelowAutograd():
+            if kernel is not None and _only_dense(keys.raw_repr()):
+                return kernel(*args)  # to which torch's dispatcher would come by another way round
+            return op.redispatch(keys, *args)
 
     class Recorded(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            *given, keys = args
-            with _C._AutoDispatchBelowAutograd():
-                result = op.redispatch(keys, *given)
-                if setup_context is not None:
-                    setup_context(ctx, given, result)
-            return result
+            given = args[:-1]
+            result = below(args[-1], given)
+            if setup_context is not None:
+                setup_context(ctx, given, result)
+            return tuple(result) if returns_list else result  # of a list, autograd sees no tensor
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -79,23 +93,24 @@ def register_autograd(
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if backward is None:
             raise RuntimeError(
-                f"{op.name()}: expected no derivative of it to be wanted, got a backward through it; it has none "
-                "(nor has an op of momkd a second derivative): leave create_graph=False, or detach its result"
+                f"{name}: expected no derivative of it to be wanted, got a backward through it; it has none (nor has "
+                "an op of momkd a second derivative): leave create_graph=False, or detach its result"
             )
         return (*backward(ctx, *grads), None)
 
     @_untraced
     def autograd(keys: Any, *args: Any) -> Any:
         if getattr(forward_ad, "_current_level", 0) >= 0:
-            _refuse_tangents(op.name(), args, differentiable=backward is not None)
+            _refuse_tangents(name, args, differentiable=backward is not None)
         keys = keys & _C._after_autograd_keyset
-        if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            return Recorded.apply(*args, keys)
-        with _C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys, *args)
+        if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
+            return below(keys, args)
+        with enable_single_level_autograd_function() if _C._are_functorch_transforms_active() else nullcontext():
+            result = Recorded.apply(*args, keys)  # type: ignore[attr-defined]
+        return list(result) if returns_list else result
 
-    Recorded.__name__ = f"BackwardOf_{op.name().replace('::', '_')}"
-    LIBRARY.impl(op.name(), autograd, "Autograd", with_keyset=True)
+    Recorded.__name__ = f"BackwardOf_{name.replace('::', '_')}"
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def call_backward(op: Any, *args: Any) -> Any:
@@ -104,6 +119,13 @@ def call_backward(op: Any, *args: Any) -> Any:
         return op(*args)
     with _C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+@cache
+def _only_dense(keys: int) -> bool:
+    """Whether nothing is between autograd and the kernel: no mode, no tracing, no functional transform."""
+    rest = _C.DispatchKeySet.from_raw_repr(keys).remove(_C.DispatchKey.ADInplaceOrView)
+    return rest.highestPriorityTypeId() in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
