@@ -66,11 +66,11 @@ def flattened(x: Tensor, index: Tensor, w: GateParameters) -> Tensor:
 
 def make_case(bags: Bags, w: GateParameters, dropout_p: float = 0.0, *, products: int = 3) -> Case:
     """The op on these bags, features frozen. `products` are those of forward and backward: 2 where gates are stored."""
-    x, seed = bags.features, SEED if dropout_p else None
+    x = bags.features
+    seed = torch.tensor(SEED, device=x.device) if dropout_p else None
 
     def exact(*wide: Tensor) -> Tensor:
-        where = None if seed is None else torch.tensor(seed, device=x.device)
-        return reference.gated_attention_pool(x.double(), bags.offsets, GateParameters(*wide), dropout_p, where)[0]
+        return reference.gated_attention_pool(x.double(), bags.offsets, GateParameters(*wide), dropout_p, seed)[0]
 
     half = x.dtype in (torch.float16, torch.bfloat16)
     plain = (lambda: loop_with_dropout(bags, w, dropout_p)) if dropout_p else lambda: loop_over_bags(bags, w)
@@ -89,11 +89,11 @@ def make_case(bags: Bags, w: GateParameters, dropout_p: float = 0.0, *, products
     )
 
 
-def peers(bags: Bags, w: GateParameters) -> dict[str, Callable[[], Tensor]]:
+def peers(bags: Bags, w: GateParameters, *, compiler: str = "inductor") -> dict[str, Callable[[], Tensor]]:
     """The same for one head and 32 bags as one would write it in plain torch."""
     x, mask = bags.to_padded()
     index = bag_of_each_row(bags)
-    compiled = torch.compile(flattened, dynamic=False)
+    compiled = torch.compile(flattened, dynamic=False, backend=compiler)
     return {
         "loop over bags": lambda: loop_over_bags(bags, w),
         "flattened": lambda: flattened(bags.features, index, w),
