@@ -1,4 +1,4 @@
-"""What CUDA asks of an op: that it waits for nothing, runs on the current stream and device, and holds little memory."""
+"""What CUDA asks of an op: to wait for nothing, to run on the current stream and device, and to hold little memory."""
 
 from __future__ import annotations
 
