@@ -38,7 +38,7 @@ def cotangents(outputs: Outputs, count: int, seed: int = 0) -> list[Tensor]:
 
 
 def gradients(outputs: Outputs, given: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Of the first outputs, as many as there are `grads`; may be asked again. Nothing comes from one without elements."""
+    """Of the first outputs, as many as there are `grads`; nothing comes from one without elements. May be repeated."""
     used = [(out, g.to(out.dtype)) for out, g in zip(outputs, grads, strict=False) if out.numel() or out.requires_grad]
     if not used:
         return [torch.zeros_like(t) for t in given]
@@ -60,7 +60,8 @@ def backward(
     size = sum(float(g.norm()) for g in grads)
     for name, a, b in zip(case.names, got, want, strict=True):
         if float(b.norm()) <= 1e-9 * size:  # zero by the mathematics: rounding is all there is
-            yield Finding(f"d {name}, which is zero", float(a.double().norm()), GRADIENT * max(size, 1.0))
+            allowed = (torch.finfo(dtype).eps if dtype in HALVES else GRADIENT) * max(size, 1.0)
+            yield Finding(f"d {name}, which is zero", float(a.double().norm()), allowed)
         elif dtype not in HALVES:
             yield Finding(f"d {name}", relative(a, b), GRADIENT)
         else:

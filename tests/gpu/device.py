@@ -22,6 +22,7 @@ if REHEARSING:
 
 DEVICE = torch.device("cpu" if REHEARSING else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_AND_SINGLE = (torch.bfloat16, torch.float32)
 SEEDS = (0,) if REHEARSING else (0, 1, 2)
 
 # Bags of the sizes that the kernels are for, and a few rows over the edges of tiles.
