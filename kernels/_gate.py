@@ -1,13 +1,87 @@
-"""The gate as kernels see it: tanh and σ of both products for a tile and a slice of the gate, and dropout of each."""
+"""The gate as its kernels see it: parameters packed for one product, activations of the products, and dropout.
+
+p = x [W_v | W_u]ᵀ is a plain product of the library. The two weights are packed so that column 2d of p belongs to tanh
+and column 2d + 1 to σ: a thread that reads neighbouring columns holds both sides of the gate.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import dropout_words, multiple, product, row_pointers
+from momkd.kernels._common import dropout_words, launch, multiple
+from momkd.kernels._tuning import chip
 from momkd.reference.gated_attention_pool import GateParameters
+from momkd.reference.philox import keep_scale, keep_threshold
+
+
+class Gate(NamedTuple):
+    """Parameters of the gate as the kernels take them.
+
+    Args:
+        packed: (branches · D, L) in the dtype of the features; with two branches, rows of W_v and W_u alternate.
+        tensors: b_v, b_u, w_a, b_a and the seed of dropout; absent ones get a placeholder that no kernel reads.
+        flags: the kernels' switches.
+        hidden, heads: D and H.
+        threshold, scale: of dropout.
+    """
+
+    packed: Tensor
+    tensors: list[Tensor]
+    flags: dict[str, Any]
+    hidden: int
+    heads: int
+    threshold: int
+    scale: float
+
+
+@triton.jit
+def pack_gate_kernel(
+    w_v,  # (D, L)
+    w_u,  # (D, L)
+    packed,  # (2D, L)
+    L,
+    COLUMNS: tl.constexpr,
+):
+    d = tl.program_id(0).to(tl.int64)
+    for start in range(0, L, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        there = columns < L
+        v, u = tl.load(w_v + d * L + columns, there, 0.0), tl.load(w_u + d * L + columns, there, 0.0)
+        tl.store(packed + 2 * d * L + columns, v.to(packed.dtype.element_ty), there)
+        tl.store(packed + (2 * d + 1) * L + columns, u.to(packed.dtype.element_ty), there)
+
+
+def pack_gate(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None) -> Gate:
+    """Return the parameters packed for features `x`, by one launch."""
+    w_v, b_v, w_u, b_u, w_a, b_a = (p if p is None or p.is_contiguous() else p.contiguous() for p in parameters)
+    assert w_v is not None
+    assert w_a is not None
+    (heads, hidden), width = w_a.shape, w_v.shape[1]
+    if w_u is None:
+        packed = w_v.to(x.dtype)
+    else:
+        packed = x.new_empty(2 * hidden, width)
+        launch(pack_gate_kernel, (hidden,), w_v, w_u, packed, width, COLUMNS=1024)
+    seed = seed if dropout_p > 0 else None
+    flags = {
+        "HEADS": heads,
+        "GATED": w_u is not None,
+        "BIAS_V": b_v is not None,
+        "BIAS_U": b_u is not None,
+        "BIAS_A": b_a is not None,
+        "DROPOUT": seed is not None,
+        "FAST": x.dtype != torch.float32 and chip(x.device).startswith("sm_") and not _INTERPRETED,
+    }
+    tensors = [w_a if p is None else p for p in (b_v, b_u, w_a, b_a, seed)]
+    return Gate(packed, tensors, flags, hidden, heads, keep_threshold(dropout_p), keep_scale(dropout_p))
+
+
+_INTERPRETED = triton.knobs.runtime.interpret  # in Python there are no special function units
 
 
 @triton.jit
@@ -39,47 +113,30 @@ def activations(v, u, GATED: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def gate_slice(
-    x,
-    x_stride,
-    rows,
-    inside,
-    w_v,
-    b_v,
-    w_u,
-    b_u,
-    gate,
-    L,
-    D,
-    GATED: tl.constexpr,
-    BIAS_V: tl.constexpr,
-    BIAS_U: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """tanh(·) and σ(·) of some rows for the columns `gate`: (BLOCK, GATE) float32 each; σ is 1 without the gate."""
+def load_gate(
+    products, local, inside, start, D, b_v, b_u,
+    GATED: tl.constexpr, BIAS_V: tl.constexpr, BIAS_U: tl.constexpr, FAST: tl.constexpr,
+    BLOCK: tl.constexpr, GATE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """tanh(·) and σ(·) of rows of products for GATE columns from `start` on: (BLOCK, GATE) float32 each."""
+    gate = start + tl.arange(0, GATE)
     is_gate = gate < D
-    L = multiple(L, ALIGN)
-    acc_v = tl.zeros([BLOCK, GATE], tl.float32)
-    acc_u = tl.zeros([BLOCK, GATE], tl.float32)
-    for start in range(0, L, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        is_column = columns < L
-        part = tl.load(row_pointers(x, rows, x_stride, columns, ALIGN), inside[:, None] & is_column[None, :], 0.0)
-        at = gate[None, :] * L + columns[:, None]
-        both = is_gate[None, :] & is_column[:, None]
-        acc_v += product(part, tl.load(w_v + at, both, 0.0), PRECISION)
-        if GATED:
-            acc_u += product(part, tl.load(w_u + at, both, 0.0), PRECISION)
+    if GATED:
+        width = multiple(2 * D, ALIGN)
+        columns = 2 * start + tl.arange(0, 2 * GATE)
+        at = products + local[:, None] * width + columns[None, :]
+        both = tl.load(at, inside[:, None] & (columns < width)[None, :], 0.0).to(tl.float32)
+        v, u = tl.split(tl.reshape(both, (BLOCK, GATE, 2)))
+    else:
+        width = multiple(D, ALIGN)
+        at = products + local[:, None] * width + gate[None, :]
+        v = tl.load(at, inside[:, None] & (gate < width)[None, :], 0.0).to(tl.float32)
+        u = v
     if BIAS_V:
-        acc_v += tl.load(b_v + gate, is_gate, 0.0).to(tl.float32)[None, :]
+        v += tl.load(b_v + gate, is_gate, 0.0).to(tl.float32)[None, :]
     if BIAS_U:
-        acc_u += tl.load(b_u + gate, is_gate, 0.0).to(tl.float32)[None, :]
-    sigma = tl.sigmoid(acc_u) if GATED else acc_u + 1.0
-    return tanh(acc_v), sigma
+        u += tl.load(b_u + gate, is_gate, 0.0).to(tl.float32)[None, :]
+    return activations(v, u, GATED, FAST)
 
 
 @triton.jit
@@ -89,22 +146,3 @@ def keep_masks(seed, rows, first_column, threshold, scale, BLOCK: tl.constexpr, 
     keep_tanh = tl.where((words & 0xFFFF) >= threshold, scale, 0.0)
     keep_sigma = tl.where((words >> 16) >= threshold, scale, 0.0)
     return keep_tanh, keep_sigma
-
-
-GateArguments = tuple[list[Tensor], dict[str, object]]
-
-
-def gate_arguments(x: Tensor, parameters: GateParameters, seed: Tensor | None) -> GateArguments:
-    """Pointers of the parameters in the type of x, and the flags; what is absent points to something that is there."""
-    given = [None if p is None else p.to(x.dtype).contiguous() for p in parameters]
-    w_v, b_v, w_u, b_u, w_a, b_a = given
-    assert w_v is not None
-    assert w_a is not None
-    flags = {
-        "GATED": w_u is not None,
-        "BIAS_V": b_v is not None,
-        "BIAS_U": b_u is not None,
-        "DROPOUT": seed is not None,
-    }
-    tensors = [w_v if p is None else p for p in (w_v, b_v, w_u, b_u, w_a, b_a)]
-    return [*tensors, w_v if seed is None else seed], flags

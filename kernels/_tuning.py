@@ -71,42 +71,6 @@ class Tiles(NamedTuple):
         return self._replace(columns=at_most(most, width))
 
 
-class GateTiles(NamedTuple):
-    """How the gate product is cut: rows of a tile, columns of the gate and of the features that it takes at a time."""
-
-    rows: int
-    gate: int
-    columns: int
-    warps: int = 8
-    stages: int = 3
-
-    def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int, hidden: int) -> GateTiles:
-        """For a gate of `hidden` columns over rows of `width`; neither side is padded beyond need."""
-        tiles = self
-        if heads > 1 or chip not in ROOMY:
-            tiles = tiles._replace(gate=min(tiles.gate, 64), rows=min(tiles.rows, 64))
-        if chip.startswith("gfx"):  # 64 KiB of shared memory
-            tiles = tiles._replace(warps=4, stages=2)
-        elif chip not in ROOMY:
-            single = dtype == torch.float32
-            tiles = tiles._replace(gate=min(tiles.gate, 32 if single else 64), columns=min(tiles.columns, 32))
-        return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
-
-
-class GradientTiles(GateTiles):
-    """How the gate product is cut in backward, which holds more: with several heads, 32 columns of the gate.
-
-    There, each row of warps has all columns of its rows (64 to a warpgroup). Where warps share the columns, Triton 3.6
-    moves accumulators between the products, and ptxas then runs these one by one (C7515).
-    """
-
-    def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int, hidden: int) -> GateTiles:
-        tiles = super().fitted(chip, dtype, width, heads, align, hidden)
-        if heads > 1 and chip in ROOMY and dtype != torch.float32:
-            return tiles._replace(gate=min(tiles.gate, 32), warps=4)
-        return tiles
-
-
 class SlotTiles(NamedTuple):
     """How the product of rows with the memory is cut: rows of a tile, slots and columns that it takes at a time."""
 
@@ -307,16 +271,12 @@ POOL_BACKWARD = Candidates(  # with 4 warps, 64 rows that hold both gradients sp
     half=(Tiles(64, 128, 8), Tiles(32, 128, 4), Tiles(64, 64, 8, 3)),
     single=(Tiles(64, 64, 8), Tiles(32, 64, 4)),
 )
-_SINGLE = (GateTiles(32, 64, 32, 8, 2), GateTiles(32, 32, 32, 8, 2))
-# In bfloat16 on sm_90, 128 rows take every register in the plain forward; what holds more would spill.
-GATE_FORWARD = Candidates(
-    half=(GateTiles(128, 128, 64), GateTiles(128, 64, 64), GateTiles(64, 128, 64)), single=_SINGLE
+GATE_SCORES = Candidates(
+    half=(Tiles(32, 64), Tiles(64, 64, 8), Tiles(16, 128)), single=(Tiles(32, 64), Tiles(16, 64), Tiles(64, 64, 8))
 )
-_DROPOUT = (GateTiles(64, 128, 64), GateTiles(64, 64, 64))
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-    _DROPOUT = _DROPOUT[1:]  # Triton 3.4 spills with 128 columns
-GATE_FORWARD_DROPOUT = Candidates(half=_DROPOUT, single=_SINGLE)
-GATE_BACKWARD = Candidates(half=(GradientTiles(128, 64, 64), GradientTiles(64, 64, 64, 4)), single=_SINGLE)
+GATE_BACKWARD = Candidates(
+    half=(Tiles(32, 64), Tiles(16, 64), Tiles(32, 128, 8)), single=(Tiles(16, 64), Tiles(32, 64, 8))
+)
 MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
     single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),

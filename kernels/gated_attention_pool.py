@@ -1,73 +1,55 @@
-"""gated_attention_pool: scores of a gate, softmax over each bag and the weighted sum, in one pass over the features.
+"""gated_attention_pool: scores of a gate, softmax over each bag, and the weighted sum of its rows.
 
 s_ih = w_a[h] · (drop(tanh(W_v x_i + b_v)) ⊙ drop(σ(W_u x_i + b_u))) + b_a[h];  out[b, h] = Σ_i softmax(s)_ih x_i.
 
-Forward: a program owns a tile of rows of one bag. It forms both gate products a slice of the gate at a time, so that
-the accumulators stay in registers, adds the slice to the scores, and pools the tile while its rows are still in L2. Of
-the (N, D) activations nothing is stored. Backward recomputes them: a kernel writes the gradient at the inputs of tanh
-and σ for a bounded chunk of rows, and matrix products of the library turn it into those of features and weights.
+Forward: one product of the library gives p = x [W_v | W_u]ᵀ, one kernel the scores from p, and `attention_pool` does
+the rest. On an H200 that is less than half the time of one kernel for all of it (benchmarks/NOTES.md). Where gradients
+are wanted and memory allows, p is kept: (N, branches · D) in the dtype of x. Backward turns p and the gradients of the
+scores into gradients at p by one kernel, and those into gradients of features and weights by products of the library.
+Without p, both passes make it a bounded chunk of rows at a time.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import (
-    INF,
-    alignment,
-    launch,
-    locate_tile,
-    padded_heads,
-    pool_tile,
-    precision,
-    product,
-    rows_of,
-    tile_programs,
-    work,
-)
-from momkd.kernels._gate import GateArguments, gate_arguments, gate_slice, keep_masks
-from momkd.kernels._tuning import (
-    GATE_BACKWARD,
-    GATE_FORWARD,
-    GATE_FORWARD_DROPOUT,
-    GateTiles,
-    Tiles,
-    register_limit,
-)
-from momkd.kernels.segment_pool import combine, pool_backward
+from momkd.kernels._common import launch, multiple, rows_of, work
+from momkd.kernels._gate import Gate, keep_masks, load_gate, pack_gate
+from momkd.kernels._tuning import GATE_BACKWARD, GATE_SCORES, Tiles, register_limit
+from momkd.kernels.attention_pool import attention_pool
+from momkd.kernels.segment_pool import pool_backward
 from momkd.reference.gated_attention_pool import GateParameters
-from momkd.reference.philox import keep_scale, keep_threshold
 
-WORKSPACE = 32 << 20  # bytes of gate gradients held at once in backward
-
-
-def _forward_operations(a: Any) -> float:
-    return 2 * a.x.shape[0] * ((1 + a.GATED) * a.L * a.D + a.HEADS * (a.D + a.L))
+WORKSPACE = 128 << 20  # bytes of products, or of gradients at them, that are held at once where none are kept
+STEPS = 8  # tiles of a program in backward: as many fewer partial sums
+VARYING = ["first_row", "end_row", "threshold"]  # from batch to batch
 
 
-@triton.jit(do_not_specialize=["bags", "threshold"], launch_metadata=work("x", _forward_operations))
-def gated_attention_pool_fwd_kernel(
-    x,
-    x_stride,
-    offsets,
-    bags,
-    w_v,  # (D, L)
+def _score_operations(a: Any) -> float:
+    return 2 * (a.end_row - a.first_row) * a.HEADS * a.D
+
+
+def _score_passes(a: Any) -> dict[str, float]:
+    return {"scores": (a.end_row - a.first_row) / a.scores.shape[0]}
+
+
+@triton.jit(do_not_specialize=VARYING, launch_metadata=work("products", _score_operations, _score_passes))
+def gate_scores_kernel(
+    products,  # (R, branches · D): of rows first_row to end_row
     b_v,  # (D,)
-    w_u,
     b_u,
     w_a,  # (H, D)
     b_a,  # (H,)
     seed,  # () int64
     scores,  # (N, H) float32
-    partial,  # (T, H, L) float32
-    partial_stats,  # (T, H, 2) float32
-    L,
+    first_row,
+    end_row,
     D,
     threshold,
     scale,
@@ -78,95 +60,72 @@ def gated_attention_pool_fwd_kernel(
     BIAS_U: tl.constexpr,
     BIAS_A: tl.constexpr,
     DROPOUT: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK: tl.constexpr,
     GATE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    _, first, end = locate_tile(offsets, bags, BLOCK)
-    if first >= end:
-        return
-    rows = first + tl.arange(0, BLOCK)
-    inside = rows < end
+    local = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = first_row + local
+    inside = rows < end_row
     heads = tl.arange(0, HEADS_PADDED)
+    is_head = heads < HEADS
     s = tl.zeros([BLOCK, HEADS_PADDED], tl.float32)
     if BIAS_A:
-        s += tl.load(b_a + heads, heads < HEADS, 0.0).to(tl.float32)[None, :]
+        s += tl.load(b_a + heads, is_head, 0.0).to(tl.float32)[None, :]
     for start in range(0, D, GATE):
-        gate = start + tl.arange(0, GATE)
-        hidden, sigma = gate_slice(
-            x,
-            x_stride,
-            rows,
-            inside,
-            w_v,
-            b_v,
-            w_u,
-            b_u,
-            gate,
-            L,
-            D,
-            GATED,
-            BIAS_V,
-            BIAS_U,
-            BLOCK,
-            GATE,
-            COLUMNS,
-            ALIGN,
-            PRECISION,
+        hidden, sigma = load_gate(
+            *(products, local, inside, start, D, b_v, b_u),
+            *(GATED, BIAS_V, BIAS_U, FAST, BLOCK, GATE, ALIGN),
         )
         if DROPOUT:
             keep_tanh, keep_sigma = keep_masks(seed, rows, start, threshold, scale, BLOCK, GATE)
             hidden *= keep_tanh
             if GATED:
                 sigma *= keep_sigma
-        hidden *= sigma
-        at = heads[:, None] * D + gate[None, :]
-        a = tl.load(w_a + at, (heads < HEADS)[:, None] & (gate < D)[None, :], 0.0)  # (HP, GATE)
-        if HEADS_PADDED == 1:
-            s += tl.sum(hidden * a.to(tl.float32), 1)[:, None]
-        else:
-            s += product(hidden.to(a.dtype), tl.trans(a), PRECISION)
-    both = inside[:, None] & (heads < HEADS)[None, :]
-    tl.store(scores + rows[:, None] * HEADS + heads[None, :], s, both)
-    s = tl.where(both, s, -INF)
-    pool_tile(
-        *(s, x, x_stride, first, end, partial, partial_stats, L),
-        *(HEADS, HEADS_PADDED, BLOCK, COLUMNS, ALIGN, PRECISION),
-    )
+        gated = hidden * sigma
+        gate = start + tl.arange(0, GATE)
+        # Heads are few. Each is summed in float32 by itself: no tile has to be padded to the matrix unit's 16.
+        for head in tl.static_range(HEADS):
+            a = tl.load(w_a + head * D + gate, gate < D, 0.0).to(tl.float32)
+            part = tl.sum(gated * a[None, :], 1)[:, None]
+            s += part if HEADS == 1 else tl.where(heads[None, :] == head, part, 0.0)
+    tl.store(scores + rows[:, None] * HEADS + heads[None, :], s, inside[:, None] & is_head[None, :])
 
 
 def _gradient_operations(a: Any) -> float:
-    return 2 * (a.end_row - a.first_row) * a.D * ((1 + a.GATED) * a.L + 2 * a.HEADS)
+    return 2 * (a.end_row - a.first_row) * a.D * 2 * a.HEADS
 
 
 def _gradient_passes(a: Any) -> dict[str, float]:
-    """Of x, the gradients of scores and those of the gate, a chunk of rows."""
-    rows = a.end_row - a.first_row
-    return {name: rows / getattr(a, name).shape[0] for name in ("x", "d_scores", "d_gate")}
+    return {"d_scores": (a.end_row - a.first_row) / a.d_scores.shape[0]}
 
 
-@triton.jit(
-    do_not_specialize=["first_row", "end_row", "threshold"],
-    launch_metadata=work("x", _gradient_operations, _gradient_passes),
-)
+@triton.jit
+def power_of_two_below(largest):
+    """The power of two that brings `largest` ≥ 0 to between 1 and 2, and its inverse; 1 for zero and non-finite."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    usable = (exponent > 0) & (exponent < 254)
+    factor = tl.where(usable, ((254 - exponent) << 23).to(tl.float32, bitcast=True), 1.0)
+    inverse = tl.where(usable, (exponent << 23).to(tl.float32, bitcast=True), 1.0)
+    return factor, inverse
+
+
+@triton.jit(do_not_specialize=VARYING, launch_metadata=work("products", _gradient_operations, _gradient_passes))
 def gate_gradient_kernel(
-    x,
-    x_stride,
-    first_row,
-    end_row,
+    products,  # (R, branches · D): of rows first_row to end_row
+    d_products,  # the same shape; may be the same tensor
     d_scores,  # (N, H) float32
-    w_v,
+    largest,  # () float32: of |d_scores|, read with SCALED
+    inverse,  # () float32: what d_products is to be multiplied with, written with SCALED
     b_v,
-    w_u,
     b_u,
     w_a,
     seed,
-    d_gate,  # (R, branches, D): at the inputs of tanh and σ
-    d_head,  # (T, H, D) float32: each tile's part of the gradient of w_a
-    d_bias,  # (T, branches, D) float32: each tile's part of those of b_v and b_u
-    L,
+    d_head,  # (T, H, D) float32: each program's part of the gradient of w_a
+    d_bias,  # (T, branches, D) float32: each program's part of those of b_v and b_u
+    first_row,
+    end_row,
     D,
     threshold,
     scale,
@@ -176,148 +135,143 @@ def gate_gradient_kernel(
     BIAS_V: tl.constexpr,
     BIAS_U: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
     GATE: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     BRANCHES: tl.constexpr = 2 if GATED else 1
-    tile = tl.program_id(0).to(tl.int64)
-    local = tile * BLOCK + tl.arange(0, BLOCK)
-    rows = first_row + local
-    inside = rows < end_row
-    start = tl.program_id(1) * GATE
+    SUMMED: tl.constexpr = BLOCK if HEADS == 1 else HEADS_PADDED
+    slices = tl.cdiv(D, GATE)
+    part = (tl.program_id(0) // slices).to(tl.int64)
+    start = tl.program_id(0) % slices * GATE  # slices of the same rows run side by side
     gate = start + tl.arange(0, GATE)
     is_gate = gate < D
     heads = tl.arange(0, HEADS_PADDED)
-    is_head = heads < HEADS
+    factor = 1.0
+    if SCALED:
+        factor, back = power_of_two_below(tl.load(largest))
+        if tl.program_id(0) == 0:
+            tl.store(inverse, back)
 
-    hidden, sigma = gate_slice(
-        x,
-        x_stride,
-        rows,
-        inside,
-        w_v,
-        b_v,
-        w_u,
-        b_u,
-        gate,
-        L,
-        D,
-        GATED,
-        BIAS_V,
-        BIAS_U,
-        BLOCK,
-        GATE,
-        COLUMNS,
-        ALIGN,
-        PRECISION,
-    )
-    slope_tanh = 1 - hidden * hidden
-    slope_sigma = sigma * (1 - sigma)
-    if DROPOUT:
-        keep_tanh, keep_sigma = keep_masks(seed, rows, start, threshold, scale, BLOCK, GATE)
-        hidden *= keep_tanh
-        slope_tanh *= keep_tanh
+    sum_v = tl.zeros([BLOCK, GATE], tl.float32)
+    sum_u = tl.zeros([BLOCK, GATE], tl.float32)
+    sum_head = tl.zeros([SUMMED, GATE], tl.float32)
+    width = BRANCHES * D
+    for step in range(STEPS):
+        local = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        rows = first_row + local
+        inside = rows < end_row
+        hidden, sigma = load_gate(
+            *(products, local, inside, start, D, b_v, b_u),
+            *(GATED, BIAS_V, BIAS_U, FAST, BLOCK, GATE, ALIGN),
+        )
+        slope_tanh = 1 - hidden * hidden
+        slope_sigma = sigma * (1 - sigma)
+        if DROPOUT:
+            keep_tanh, keep_sigma = keep_masks(seed, rows, start, threshold, scale, BLOCK, GATE)
+            hidden *= keep_tanh
+            slope_tanh *= keep_tanh
+            if GATED:
+                sigma *= keep_sigma
+                slope_sigma *= keep_sigma
+
+        gated = hidden * sigma
+        d_gated = tl.zeros([BLOCK, GATE], tl.float32)
+        for head in tl.static_range(HEADS):
+            ds = tl.load(d_scores + rows * HEADS + head, inside, 0.0)[:, None]
+            d_gated += ds * tl.load(w_a + head * D + gate, is_gate, 0.0).to(tl.float32)[None, :]
+            if HEADS == 1:
+                sum_head += ds * gated
+            else:
+                sum_head += tl.where(heads[:, None] == head, tl.sum(ds * gated, 0)[None, :], 0.0)
+        d_v = d_gated * sigma * slope_tanh
+        sum_v += d_v
         if GATED:
-            sigma *= keep_sigma
-            slope_sigma *= keep_sigma
+            d_u = d_gated * hidden * slope_sigma
+            sum_u += d_u
+            columns = 2 * start + tl.arange(0, 2 * GATE)
+            d = tl.reshape(tl.join(d_v, d_u), (BLOCK, 2 * GATE))
+        else:
+            columns = gate
+            d = d_v
+        target = d_products + local[:, None] * multiple(width, ALIGN) + columns[None, :]
+        tl.store(target, (d * factor).to(d_products.dtype.element_ty), inside[:, None] & (columns < width)[None, :])
 
-    ds = tl.load(
-        d_scores + rows[:, None] * HEADS + heads[None, :], inside[:, None] & is_head[None, :], 0.0
-    )  # (BLOCK, HP)
-    at = heads[:, None] * D + gate[None, :]
-    a = tl.load(w_a + at, is_head[:, None] & is_gate[None, :], 0.0).to(tl.float32)  # (HP, GATE)
-    d_head_slice = tl.zeros([HEADS_PADDED, GATE], tl.float32)
-    if HEADS_PADDED == 1:
-        d_hidden = ds * a
-        d_head_slice += tl.sum(ds * hidden * sigma, 0)[None, :]
-    else:
-        d_hidden = product(ds, a, PRECISION)
-        d_head_slice += product(tl.trans(ds), hidden * sigma, PRECISION)
-    tl.store(
-        d_head + (tile * HEADS + heads[:, None]) * D + gate[None, :], d_head_slice, is_head[:, None] & is_gate[None, :]
-    )
-
-    there = inside[:, None] & is_gate[None, :]
-    target = d_gate + local[:, None] * (BRANCHES * D) + gate[None, :]
-    d_v = tl.where(inside[:, None], d_hidden * sigma * slope_tanh, 0.0)
-    tl.store(target, d_v.to(d_gate.dtype.element_ty), there)
-    tl.store(d_bias + tile * (BRANCHES * D) + gate, tl.sum(d_v, 0), is_gate)
+    tl.store(d_bias + part * width + gate, tl.sum(sum_v, 0), is_gate)
     if GATED:
-        d_u = tl.where(inside[:, None], d_hidden * hidden * slope_sigma, 0.0)
-        tl.store(target + D, d_u.to(d_gate.dtype.element_ty), there)
-        tl.store(d_bias + tile * (BRANCHES * D) + D + gate, tl.sum(d_u, 0), is_gate)
+        tl.store(d_bias + part * width + D + gate, tl.sum(sum_u, 0), is_gate)
+    if HEADS == 1:
+        tl.store(d_head + part * D + gate, tl.sum(sum_head, 0), is_gate)
+    else:
+        at = (part * HEADS + heads[:, None]) * D + gate[None, :]
+        tl.store(d_head + at, sum_head, (heads < HEADS)[:, None] & is_gate[None, :])
+
+
+class Gradients(NamedTuple):
+    """Of a gate's parameters, in float32: packed (branches · D, L) or None, bias (branches, D), head (H, D)."""
+
+    packed: Tensor | None
+    bias: Tensor
+    head: Tensor
 
 
 def gated_attention_pool(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, L), offsets (B+1,) -> pooled (B, H, L) in the dtype of x, scores (N, H) before softmax, stats (B, H, 2)."""
-    x, seed = rows_of(x), seed if dropout_p > 0 else None
-    table = GATE_FORWARD if seed is None else GATE_FORWARD_DROPOUT
-    arguments = gate_arguments(x, parameters, seed)
-    run = partial(_forward, x, offsets, parameters, dropout_p, arguments)
-    return run(table.choose(_named("gated_attention_pool", arguments), x, *_sizes(x, parameters), run=run))
+    return _forward(x, offsets, parameters, dropout_p, seed, False)[:3]
 
 
-def _sizes(x: Tensor, parameters: GateParameters) -> tuple[int, int, int, int]:
-    """What tiles are fitted to."""
-    heads, hidden = parameters.w_a.shape
-    return x.shape[1], heads, alignment(x), hidden
-
-
-def _named(op: str, arguments: GateArguments) -> str:
-    """The op with the switches that make other kernels of it."""
-    _, flags = arguments
-    return " ".join([op, *(name.lower() for name in ("GATED", "DROPOUT") if flags[name])])
+def gated_attention_pool_kept(
+    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `gated_attention_pool`, and the products (N, branches · D), for backward."""
+    return _forward(x, offsets, parameters, dropout_p, seed, True)
 
 
 def _forward(
-    x: Tensor,
-    offsets: Tensor,
-    parameters: GateParameters,
-    dropout_p: float,
-    arguments: GateArguments,
-    tiles: GateTiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bags, (rows, width), (heads, hidden) = offsets.shape[0] - 1, x.shape, parameters.w_a.shape
-    tensors, flags = arguments
-    programs = tile_programs(rows, bags, tiles.rows)
-    scores = x.new_empty(rows, heads, dtype=torch.float32)
-    parts = x.new_empty(programs, heads, width, dtype=torch.float32)
-    part_stats = x.new_empty(programs, heads, 2, dtype=torch.float32)
-    launch(
-        gated_attention_pool_fwd_kernel,
-        (programs,),
-        x,
-        x.stride(0),
-        offsets,
-        bags,
-        *tensors,
-        scores,
-        parts,
-        part_stats,
-        width,
-        hidden,
-        keep_threshold(dropout_p),
-        keep_scale(dropout_p),
-        HEADS=heads,
-        HEADS_PADDED=padded_heads(heads),
-        BIAS_A=parameters.b_a is not None,
-        BLOCK=tiles.rows,
-        GATE=tiles.gate,
-        COLUMNS=tiles.columns,
-        ALIGN=alignment(x),
-        PRECISION=precision(x.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **register_limit(x.device),
-        **flags,
-    )
-    pooled, stats = combine(parts, part_stats, offsets, x, Tiles(tiles.rows, tiles.columns))
-    return pooled, scores, stats
+    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = rows_of(x)
+    scores, products = gate_scores(x, pack_gate(x, parameters, dropout_p, seed), keep)
+    pooled, stats = attention_pool(x, scores, offsets)
+    return pooled, scores, stats, products
+
+
+def gate_scores(x: Tensor, gate: Gate, keep: bool) -> tuple[Tensor, Tensor]:
+    """x (N, L) -> scores (N, H) float32, and products, of all rows where they are to be kept."""
+    run = partial(_gate_scores, x, gate, keep)
+    return run(GATE_SCORES.choose(_named("gate_scores", gate), x, *_sizes(gate), run=run))
+
+
+def _gate_scores(x: Tensor, gate: Gate, keep: bool, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape[0], gate.packed.shape[0]
+    step = rows if keep else _chunk(x, gate)
+    scores = x.new_empty(rows, gate.heads, dtype=torch.float32)
+    products = x.new_empty(step, columns)
+    for first in range(0, rows, step or 1):
+        end = min(first + step, rows)
+        part = products[: end - first]
+        torch.mm(x[first:end], gate.packed.T, out=part)
+        launch(
+            gate_scores_kernel,
+            (triton.cdiv(end - first, tiles.rows),),
+            part,
+            *gate.tensors,
+            scores,
+            first,
+            end,
+            gate.hidden,
+            gate.threshold,
+            gate.scale,
+            HEADS_PADDED=triton.next_power_of_2(gate.heads),
+            **gate.flags,
+            **_cut(x, gate, tiles),
+        )
+    return scores, products
 
 
 def gated_attention_pool_backward(
@@ -332,100 +286,121 @@ def gated_attention_pool_backward(
     scores: Tensor,
     stats: Tensor,
     needs: tuple[bool, ...],
+    kept: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so; gates are recomputed."""
+    """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so."""
     x = rows_of(x)
     _, d_scores = pool_backward(grad_pooled, x, scores, stats, offsets, pooled, (False, True))
     assert d_scores is not None
     if grad_scores is not None:
         d_scores += grad_scores
-    w_v, b_v, w_u, b_u, w_a, b_a = parameters
     d_x = x.new_empty(x.shape) if needs[0] else None
-    d_weight = x.new_zeros(1 if w_u is None else 2, *w_v.shape, dtype=torch.float32) if needs[1] or needs[3] else None
-    arguments = gate_arguments(x, parameters, seed if dropout_p > 0 else None)
-    run = partial(_gate_gradients, x, d_scores, parameters, dropout_p, arguments)
-    tiles = GATE_BACKWARD.choose(_named("gate_gradient", arguments), x, *_sizes(x, parameters), run=run)
-    d_bias, d_head = run(tiles, d_x, d_weight)
+    gate = pack_gate(x, parameters, dropout_p, seed)
+    run = partial(_gate_backward, x, gate, d_scores, kept, needs[1] or needs[3])
+    tiles = GATE_BACKWARD.choose(_named("gate_gradient", gate), x, *_sizes(gate), run=run)
+    d = run(tiles, d_x)
     if d_x is not None:
         pool_backward(grad_pooled, x, scores, stats, offsets, pooled, (True, False), add_to=d_x)
-    last = 0 if w_u is None else 1
-    by_branch = [None if d_weight is None else d_weight[i] for i in (0, last)]
-    found = (d_x, by_branch[0], d_bias[0], by_branch[1], d_bias[last], d_head, d_scores.sum(0))
-    given = (x, w_v, b_v, w_u, b_u, w_a, b_a)
+    branches = len(d.bias)
+    d_weights = [None if d.packed is None else d.packed[i::branches] for i in range(branches)]
+    found = (d_x, d_weights[0], d.bias[0], d_weights[-1], d.bias[-1], d.head, d_scores.sum(0))
+    given = (x, *parameters)
     return tuple(
-        gradient.to(like.dtype, copy=gradient is not d_x)
+        gradient.to(like.dtype, copy=gradient is not d_x, memory_format=torch.contiguous_format)
         if need and gradient is not None and like is not None
         else None
         for need, gradient, like in zip(needs, found, given, strict=True)
     )
 
 
-def _gate_gradients(
+def _gate_backward(
     x: Tensor,
+    gate: Gate,
     d_scores: Tensor,
-    parameters: GateParameters,
-    dropout_p: float,
-    arguments: GateArguments,
-    tiles: GateTiles,
+    kept: Tensor | None,
+    need_weights: bool,
+    tiles: Tiles,
     d_x: Tensor | None = None,
-    d_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Write the gate's part of d_x (N, L) and add to d_weight (branches, D, L).
-
-    Returns d_bias (branches, D) and d_head (H, D).
-    """
-    (rows, width), (heads, hidden) = x.shape, parameters.w_a.shape
-    tensors, flags = arguments
-    w_v, b_v, w_u, b_u, w_a, _, seed_or_other = tensors
-    branches = 2 if flags["GATED"] else 1
-    both = torch.cat([w_v, w_u]) if branches == 2 else w_v  # (branches · D, L)
-    most = max(1, WORKSPACE // (branches * hidden * x.element_size() * tiles.rows)) * tiles.rows
-    d_gate = x.new_empty(min(most, rows), branches * hidden)
-    d_bias = x.new_zeros(branches * hidden, dtype=torch.float32)
-    d_head = x.new_zeros(heads, hidden, dtype=torch.float32)
-    for first in range(0, rows, most):
-        count = min(most, rows - first)
-        programs = triton.cdiv(count, tiles.rows)
-        part_head = x.new_empty(programs, heads, hidden, dtype=torch.float32)
-        part_bias = x.new_empty(programs, branches * hidden, dtype=torch.float32)
+) -> Gradients:
+    """Write the gate's part of the gradient of x into d_x (N, L), and return those of the parameters."""
+    (rows, width), columns, branches = x.shape, gate.packed.shape[0], 1 + gate.flags["GATED"]
+    scaled = x.dtype == torch.float16  # gradients at products are some thousandths of 1 / N: most would be zero
+    step, each = _chunk(x, gate), tiles.rows * STEPS
+    parts = triton.cdiv(rows, each)
+    d_head = x.new_empty(parts, gate.heads, gate.hidden, dtype=torch.float32)
+    d_bias = x.new_empty(parts, branches, gate.hidden, dtype=torch.float32)
+    d_packed = x.new_zeros(columns, width, dtype=torch.float32) if need_weights else None
+    space, inverse = x.new_empty(step, columns), x.new_empty((), dtype=torch.float32)
+    b_v, b_u, w_a, _, seed = gate.tensors
+    flags = {name: value for name, value in gate.flags.items() if name != "BIAS_A"}
+    for first in range(0, rows, step or 1):
+        end = min(first + step, rows)
+        chunk, d_products = x[first:end], space[: end - first]
+        products = torch.mm(chunk, gate.packed.T, out=d_products) if kept is None else kept[first:end]
         launch(
             gate_gradient_kernel,
-            (programs, triton.cdiv(hidden, tiles.gate)),
-            x,
-            x.stride(0),
-            first,
-            first + count,
+            (triton.cdiv(end - first, each) * triton.cdiv(gate.hidden, tiles.columns),),
+            products,
+            d_products,
             d_scores,
-            w_v,
+            torch.linalg.vector_norm(d_scores[first:end], torch.inf) if scaled else d_scores,
+            inverse,
             b_v,
-            w_u,
             b_u,
             w_a,
-            seed_or_other,
-            d_gate,
-            part_head,
-            part_bias,
-            width,
-            hidden,
-            keep_threshold(dropout_p),
-            keep_scale(dropout_p),
-            HEADS=heads,
-            HEADS_PADDED=padded_heads(heads),
-            BLOCK=tiles.rows,
-            GATE=tiles.gate,
-            COLUMNS=tiles.columns,
-            ALIGN=alignment(x),
-            PRECISION=precision(x.dtype),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            **register_limit(x.device),
+            seed,
+            d_head[first // each :],
+            d_bias[first // each :],
+            first,
+            end,
+            gate.hidden,
+            gate.threshold,
+            gate.scale,
+            HEADS_PADDED=triton.next_power_of_2(gate.heads),
+            SCALED=scaled,
+            STEPS=STEPS,
             **flags,
+            **_cut(x, gate, tiles),
         )
-        d_bias += part_bias.sum(0)
-        d_head += part_head.sum(0)
-        chunk, gates = x[first : first + count], d_gate[:count]
         if d_x is not None:
-            torch.mm(gates, both, out=d_x[first : first + count])
-        if d_weight is not None:
-            d_weight += torch.mm(gates.T, chunk).view_as(d_weight)
-    return d_bias.view(branches, hidden), d_head
+            torch.mm(d_products, gate.packed, out=d_x[first:end])
+            if scaled:
+                d_x[first:end] *= inverse
+        if d_packed is not None:
+            part = product_in_float32(d_products.T, chunk)
+            d_packed += part * inverse if scaled else part
+    return Gradients(d_packed, d_bias.sum(0), d_head.sum(0))
+
+
+def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times b (K, N) of one dtype, summed and returned in float32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.device.type == "cpu":
+        return torch.mm(a.float(), b.float())
+    if torch.version.cuda is None:
+        return torch.mm(a, b).float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _chunk(x: Tensor, gate: Gate) -> int:
+    """Rows whose products fit the workspace; those of whole programs."""
+    each = 1024  # of which the rows of a program in backward are a divisor, whatever the tiles
+    return min(x.shape[0], max(1, WORKSPACE // (gate.packed.shape[0] * x.element_size() * each)) * each)
+
+
+def _cut(x: Tensor, gate: Gate, tiles: Tiles) -> dict[str, Any]:
+    columns = gate.packed.shape[0]
+    cut = {"BLOCK": tiles.rows, "GATE": tiles.columns, "ALIGN": min(16, columns & -columns)}
+    return {**cut, "num_warps": tiles.warps, **register_limit(x.device)}
+
+
+def _sizes(gate: Gate) -> tuple[int, int, int]:
+    """What tiles are fitted to."""
+    columns = gate.packed.shape[0]
+    return gate.hidden, gate.heads, min(16, columns & -columns)
+
+
+def _named(op: str, gate: Gate) -> str:
+    """The op with the switches that make other kernels of it."""
+    return " ".join([op, *(name.lower() for name in ("GATED", "DROPOUT") if gate.flags[name])])

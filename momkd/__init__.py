@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from momkd.bags import Bags
+from momkd.budget import gate_memory
 from momkd.doctor import doctor  # at once: a lazy one would give way to the module of its name after first use
 from momkd.gpu import tune
 
@@ -16,7 +17,7 @@ try:
 except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
-__all__ = ["Bags", "compat", "doctor", "functional", "graph", "models", "nn", "ops", "reference", "tune"]
+__all__ = ["Bags", "compat", "doctor", "functional", "gate_memory", "graph", "models", "nn", "ops", "reference", "tune"]
 
 _SUBMODULES = {"compat", "functional", "graph", "models", "nn", "ops", "reference"}
 

@@ -4,6 +4,7 @@ MOMKD_BACKEND: the backend for every op that has it, instead of the best that ca
     An op without that backend keeps its own choice (`momkd doctor` shows it); an op that has it but cannot run it here
     raises with the reason.
 MOMKD_TUNE: with 1, Triton kernels time a few ways to cut their work at their first use in a shape (`momkd.tune`).
+MOMKD_GATE_MEMORY: bytes that a call of the gate may keep for its backward (`momkd.gate_memory`); 0 keeps nothing.
 MOMKD_CACHE_DIR: the folder of what was found so and of kernels compiled by NVRTC, by default ~/.cache/momkd.
 MOMKD_RANK_TIMEOUT: seconds after which a rank of a distributed training gives up waiting for the others; 1800.
 TRITON_INTERPRET: Triton's own; with 1 its kernels run in Python on the CPU, slowly, to look at their numbers.
@@ -36,6 +37,11 @@ def triton_interpreted() -> bool:
 def tuning_asked() -> bool:
     """MOMKD_TUNE."""
     return _switched_on("MOMKD_TUNE")
+
+
+def gate_memory() -> int | None:
+    """MOMKD_GATE_MEMORY, or None when unset or empty."""
+    return _count("MOMKD_GATE_MEMORY", -1, least=0) if os.environ.get("MOMKD_GATE_MEMORY", "").strip() else None
 
 
 def cache_folder() -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd import ops
+from momkd import budget, ops
 from momkd.bags import Bags
 from momkd.functional import _validate as check
 
@@ -80,8 +80,11 @@ def gated_attention_pool(
     check.fraction("dropout_p", dropout_p, below_one=True)
     x, w_v, b_v, w_u, b_u, w_a, b_a = check.autocast(x, w_v, b_v, w_u, b_u, w_a, b_a)  # type: ignore[assignment]
     drawn = check.seed(seed, x.device) if dropout_p > 0 else None
-    pooled, scores, _ = ops.gated_attention_pool(
-        x, offsets, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, drawn, backend or ""
+    wanted = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w_v, b_v, w_u, b_u, w_a, b_a)
+    )
+    pooled, scores, *_ = ops.gated_attention_pool(
+        x, offsets, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, drawn, budget.asked() if wanted else 0, backend or ""
     )
     return (pooled, scores) if return_scores else pooled
 

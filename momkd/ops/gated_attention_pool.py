@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from momkd import budget
+from momkd.dispatch import choose
 from momkd.ops import _gradients
 from momkd.ops._backends import backend_of
 from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
@@ -26,13 +28,34 @@ def gated_attention_pool(
     b_a: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    kept_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, L), offsets (B+1,) -> pooled (B, H, L), scores (N, H), stats (B, H, 2)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (N, L), offsets (B+1,) -> pooled (B, H, L), scores (N, H), stats (B, H, 2), kept (N, branches · D) or (0,).
+
+    `kept_bytes`: what may be kept for backward; 0 nothing, −1 as much as `budget.allowed` says.
+    """
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
     where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
-    result: tuple[Tensor, Tensor, Tensor] = where.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
-    return result
+    keep = _kept_columns(x, offsets, w_v, w_u, w_a, kept_bytes, backend) > 0
+    if keep:
+        kept: tuple[Tensor, Tensor, Tensor, Tensor] = where.gated_attention_pool_kept(
+            x, offsets, parameters, dropout_p, seed
+        )
+        return kept
+    pooled, scores, stats = where.gated_attention_pool(x, offsets, parameters, dropout_p, seed)
+    return pooled, scores, stats, x.new_empty(0)
+
+
+def _kept_columns(
+    x: Tensor, offsets: Tensor, w_v: Tensor, w_u: Tensor | None, w_a: Tensor, kept_bytes: int, backend: str
+) -> int:
+    """Columns of the products that are kept of each row; 0 where nothing is."""
+    if kept_bytes == 0 or choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) != "triton":
+        return 0
+    columns = w_v.shape[0] * (1 if w_u is None else 2)
+    fits = x.shape[0] * columns * x.element_size() <= budget.allowed(kept_bytes, x.device)
+    return columns if fits else 0
 
 
 @register_fake(gated_attention_pool)
@@ -47,14 +70,17 @@ def _(
     b_a: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    kept_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = x.shape
     bags, heads, dtype = offsets.shape[0] - 1, w_a.shape[0], accumulate_dtype(x.dtype)
+    columns = _kept_columns(x, offsets, w_v, w_u, w_a, kept_bytes, backend)
     return (
         x.new_empty((bags, heads, width)),
         x.new_empty((rows, heads), dtype=dtype),
         x.new_empty((bags, heads, 2), dtype=dtype),
+        x.new_empty((rows, columns) if columns else (0,)),
     )
 
 
@@ -74,6 +100,7 @@ def gated_attention_pool_backward(
     pooled: Tensor,
     scores: Tensor,
     stats: Tensor,
+    kept: Tensor,
     dropout_p: float,
     needs: list[bool],
     backend: str,
@@ -82,7 +109,8 @@ def gated_attention_pool_backward(
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
     saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
     where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
-    grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved)
+    more = {"kept": kept} if kept.ndim == 2 else {}
+    grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved, **more)
     return _gradients.pack(grads, needs)
 
 
@@ -102,6 +130,7 @@ def _(
     pooled: Tensor,
     scores: Tensor,
     stats: Tensor,
+    kept: Tensor,
     dropout_p: float,
     needs: list[bool],
     backend: str,
@@ -109,26 +138,26 @@ def _(
     return _gradients.fake((x, w_v, b_v, w_u, b_u, w_a, b_a), needs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.dropout_p, seed, ctx.backend = inputs
-    pooled, scores, stats = output
-    ctx.mark_non_differentiable(stats)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.dropout_p, seed, _, ctx.backend = inputs
+    pooled, scores, stats, kept = output
+    ctx.mark_non_differentiable(stats, kept)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, seed, pooled, scores, stats)
+    ctx.save_for_backward(*tensors, seed, pooled, scores, stats, kept)
 
 
 def _backward(
-    ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, _grad_stats: Tensor | None
+    ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_pooled is None:
-        grad_pooled = torch.zeros_like(saved[-3])
+        grad_pooled = torch.zeros_like(saved[-4])
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7)]
     grads = call_backward(
         gated_attention_pool_backward, grad_pooled, grad_scores, *saved, ctx.dropout_p, needs, ctx.backend
     )
     d_x, *d_parameters = _gradients.unpack(grads, needs)
-    return (d_x, None, *d_parameters, None, None, None)
+    return (d_x, None, *d_parameters, None, None, None, None)
 
 
 register_autograd(gated_attention_pool, _backward, setup_context=_setup)

@@ -1,0 +1,69 @@
+"""How many bytes of activations the gate may keep from its forward for its backward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from momkd import env
+
+_SHARE = 8  # by default, a call may keep one eighth of the device's memory
+DEFAULT = -1
+_budget = DEFAULT  # a plain global: torch.compile guards it, and compiles again where it changes
+
+
+@contextmanager
+def gate_memory(size: int) -> Iterator[None]:
+    """Bound what each call of `gated_attention_pool` keeps for its backward inside the block.
+
+    Where gradients are wanted, the Triton backend keeps the products of the features with the weights of the gate:
+    N · 2D values in the dtype of the features (N · D without the σ branch), 1 KB a patch for D = 256 in 16-bit types.
+    Backward then takes two matrix products; above the budget it makes them again, a bounded chunk at a time, and takes
+    three. The numbers are the same. Without this block, MOMKD_GATE_MEMORY says how many bytes, else one eighth of the
+    memory of the device. The other backends keep nothing.
+
+    Args:
+        size: bytes a call may keep; 0 keeps nothing.
+
+    Raises:
+        ValueError: size is not a whole number of at least 0.
+
+    Example:
+        >>> pool = momkd.nn.GatedAttentionPool(in_features=8, hidden_features=4)
+        >>> with momkd.gate_memory(0):
+        ...     pooled = pool(momkd.Bags.from_list([torch.randn(5, 8)]))
+        >>> pooled.sum().backward()
+    """
+    global _budget
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"size: expected bytes, a whole number of at least 0, got {size!r}; 0 keeps nothing")
+    before, _budget = _budget, size
+    try:
+        yield
+    finally:
+        _budget = before
+
+
+def asked() -> int:
+    """The bytes that the innermost `gate_memory` allows, or DEFAULT outside of one."""
+    return _budget
+
+
+def allowed(size: int, device: torch.device) -> int:
+    """Bytes that a call on `device` may keep, where `size` was asked for."""
+    if size != DEFAULT:
+        return size
+    given = env.gate_memory()
+    return _memory(device) // _SHARE if given is None else given
+
+
+@cache
+def _memory(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 4 << 30
