@@ -1,4 +1,5 @@
 #include "bindings_cpu.h"
+#include "cpu/checks.h"
 #include "cpu/ema_scatter.h"
 
 namespace py = pybind11;
@@ -24,6 +25,7 @@ void accumulate(uintptr_t z, int type, int64_t n, int64_t s, int64_t row_stride,
   const EmaRows rows = rows_of(z, type, n, s, row_stride, row_class, weights, normalize);
   check_bank(c, k);
   py::gil_scoped_release release;
+  check_labels("row_class", rows.row_class, rows.n, c);
   ema_accumulate(rows, pointer<const float>(memory), c, k, threads, pointer<float>(sums),
                  pointer<float>(mass), pointer<int32_t>(assignments));
 }
@@ -42,6 +44,7 @@ void scatter(uintptr_t z, int type, int64_t n, int64_t s, int64_t row_stride, ui
   const EmaRows rows = rows_of(z, type, n, s, row_stride, row_class, weights, normalize);
   check_bank(c, k);
   py::gil_scoped_release release;
+  check_labels("row_class", rows.row_class, rows.n, c);
   ema_scatter(rows, pointer<float>(memory), c, k, pointer<float>(usage), momentum,
               pointer<int32_t>(assignments), threads);
 }

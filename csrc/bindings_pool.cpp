@@ -1,5 +1,6 @@
 // attention_pool and the gate of gated_attention_pool.
 #include "bindings_cpu.h"
+#include "cpu/checks.h"
 #include "cpu/gate.h"
 #include "cpu/pool.h"
 
@@ -12,6 +13,7 @@ void attention_pool_of(const RowArguments &values, uintptr_t scores, uintptr_t o
                        int64_t heads, uintptr_t pooled, uintptr_t stats, int threads) {
   const Rows rows = rows_of(values);
   py::gil_scoped_release release;
+  check_offsets(pointer<const int32_t>(offsets), bags, rows.n);
   attention_pool(rows, pointer<const float>(scores), pointer<const int32_t>(offsets), bags, heads,
                  pointer<float>(pooled), pointer<float>(stats), threads);
 }
@@ -21,6 +23,7 @@ void attention_pool_backward_of(uintptr_t grad, const RowArguments &values, uint
                                 uintptr_t d_scores, uintptr_t d_values, int threads) {
   const Rows rows = rows_of(values);
   py::gil_scoped_release release;
+  check_offsets(pointer<const int32_t>(offsets), bags, rows.n);
   attention_pool_backward(pointer<const float>(grad), rows, pointer<const float>(scores),
                           pointer<const int32_t>(offsets), bags, heads, pointer<const float>(stats),
                           pointer<float>(d_scores), pointer<void>(d_values), threads);

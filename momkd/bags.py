@@ -101,7 +101,7 @@ class Bags:
         total = sum(host)
         if total > _MAX_ROWS:
             raise ValueError(f"lengths: expected at most {_MAX_ROWS} rows in a batch (int32 offsets), got {total}")
-        offsets = torch.tensor([0, *accumulate(host)], dtype=torch.int32)
+        offsets = torch.tensor([0, *accumulate(host)], dtype=torch.int32, device="cpu")
         if features.device.type == "cuda":
             offsets = offsets.pin_memory().to(features.device, non_blocking=True)
         return cls(features, offsets.to(features.device), host)

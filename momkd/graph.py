@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _MOST = 2**31 - 1
+_NAMES = ("offsets", "sources", "out_offsets", "targets", "position", "order")
+_REMEDY = "make graphs by momkd.graph.from_edge_index or knn"
 _CHUNK = 1 << 20  # candidates that one step of the neighbour search compares
 
 
@@ -22,7 +24,8 @@ _CHUNK = 1 << 20  # candidates that one step of the neighbour search compares
 class Edges:
     """A graph of N nodes and E edges source → target, none of them from a node to itself: CSR by target and by source.
 
-    Made by `from_edge_index`, `knn` or `from_lists`; nothing is checked here. Duplicate edges count each.
+    Made by `from_edge_index`, `knn` or `from_lists`. Duplicate edges count each. Sizes and dtypes are checked here; the
+    values where they are used, if they lie on the CPU.
 
     Attributes:
         offsets: (N + 1,) int32; node i hears from sources[offsets[i]] to sources[offsets[i + 1] − 1].
@@ -39,6 +42,18 @@ class Edges:
     targets: Tensor
     position: Tensor
     order: Tensor
+
+    def __post_init__(self) -> None:
+        nodes, edges = self.offsets.numel() - 1, self.sources.numel()
+        if nodes < 0 or nodes + edges > _MOST:
+            raise ValueError(f"edges: expected N + E from 0 to {_MOST}, got N = {nodes} and E = {edges}; {_REMEDY}")
+        sizes = (nodes + 1, edges, nodes + 1, edges, edges, nodes)
+        for name, size, tensor in zip(_NAMES, sizes, self.tensors(), strict=True):
+            if tensor.shape != (size,) or tensor.dtype != torch.int32 or tensor.device != self.device:
+                raise ValueError(
+                    f"edges.{name}: expected int32 ({size},) on {self.device}, got "
+                    f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}; {_REMEDY}"
+                )
 
     @property
     def num_nodes(self) -> int:
@@ -76,6 +91,12 @@ class Edges:
     def rows(self, start: int, stop: int) -> Edges:
         """The graph of nodes start to stop − 1, which no edge may leave or enter. Waits for the device."""
         first, last = (int(self.offsets[n]) for n in (start, stop))
+        inside = self.sources[first:last]
+        if bool(((inside < start) | (inside >= stop)).any()):
+            raise ValueError(
+                f"edges: expected none into nodes {start} to {stop - 1} from others, got one; join the "
+                "graphs of bags by momkd.graph.batch"
+            )
         mine = (self.order >= start) & (self.order < stop)
         return Edges(
             self.offsets[start : stop + 1] - first,
@@ -91,34 +112,51 @@ class Edges:
 
 
 def from_lists(offsets: Tensor, sources: Tensor, order: Tensor | None = None) -> Edges:
-    """Neighbour lists by target, without self-loops, and their transpose.
+    """Return the graph of neighbour lists by target, without self-loops, and their transpose.
 
     Args:
         offsets: (N + 1,) int32.
         sources: (E,) int32.
         order: (N,) int32, see `Edges`; None takes that of the numbers.
+
+    Raises:
+        ValueError: lists that don't fit one another, see `check_lists`.
     """
-    nodes = offsets.shape[0] - 1
+    nodes = max(offsets.numel() - 1, 0)
     every = torch.arange(nodes, dtype=torch.int32, device=offsets.device)
+    order = every if order is None else order
+    check_lists(offsets, sources, order)
     targets = torch.repeat_interleave(every, offsets.diff().long(), output_size=sources.shape[0])
     position = torch.argsort(sources, stable=True)
     counts = torch.bincount(sources.long(), minlength=nodes)
     out_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-    return Edges(offsets, sources, out_offsets, targets[position], position.int(), every if order is None else order)
+    return Edges(offsets, sources, out_offsets, targets[position], position.int(), order)
 
 
 def check_lists(offsets: Tensor, sources: Tensor, order: Tensor) -> None:
-    """Raises ValueError where these cannot be the lists of `Edges`: the kernels trust them."""
-    nodes = len(order)
-    if (
-        len(offsets) != nodes + 1
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != len(sources)
-        or bool((offsets.diff() < 0).any())
-        or any(len(t) and (int(t.min()) < 0 or int(t.max()) >= nodes) for t in (sources, order))
-        or bool((torch.bincount(order, minlength=nodes) != 1).any())
-    ):
-        raise ValueError("lists that don't fit one another")
+    """Raise ValueError where these cannot be lists of `Edges`: the kernels trust them. Waits for the device."""
+    nodes = offsets.numel() - 1
+    for name, tensor, size in (("offsets", offsets, nodes + 1), ("sources", sources, None), ("order", order, nodes)):
+        if tensor.dtype != torch.int32 or tensor.ndim != 1 or size not in (None, len(tensor)) or nodes < 0:
+            words = {"offsets": "(N+1,)", "sources": "(E,)", "order": f"({nodes},)"}[name]
+            raise ValueError(
+                f"{name}: expected int32 {words}, got {str(tensor.dtype).removeprefix('torch.')} "
+                f"{tuple(tensor.shape)}; {_REMEDY}"
+            )
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != len(sources):
+        raise ValueError(f"offsets: expected to run from 0 to E = {len(sources)}, got {first} to {last}; {_REMEDY}")
+    down = offsets[1:] < offsets[:-1]  # the difference would wrap
+    if bool(down.any()):
+        raise ValueError(
+            f"offsets: expected never to decrease, got less at index {int(down.nonzero()[0]) + 1}; {_REMEDY}"
+        )
+    for name, tensor in (("sources", sources), ("order", order)):
+        if len(tensor) and (int(tensor.min()) < 0 or int(tensor.max()) >= nodes):
+            bad = int(tensor.min()) if int(tensor.min()) < 0 else int(tensor.max())
+            raise ValueError(f"{name}: expected nodes from 0 to N - 1 = {nodes - 1}, got {bad}; {_REMEDY}")
+    if bool((torch.bincount(order, minlength=nodes) != 1).any()):
+        raise ValueError(f"order: expected every node from 0 to N - 1 = {nodes - 1} once, got one again; {_REMEDY}")
 
 
 def from_edge_index(edge_index: Tensor, num_nodes: int) -> Edges:
@@ -189,9 +227,13 @@ def knn(coords: Tensor | npt.ArrayLike, k: int = 8) -> Edges:
     if not np.isfinite(points).all():
         raise ValueError("coords: expected finite numbers, got NaN or infinite ones; extract the patches again")
     nodes, k = len(points), min(k, max(len(points) - 1, 0))
+    if nodes * (k + 1) > _MOST:
+        raise ValueError(
+            f"k: expected at most {_MOST} edges and nodes, got {nodes} patches of {k} neighbours; take a smaller k"
+        )
     if k == 0:
-        none = torch.zeros(0, dtype=torch.int32)
-        return from_lists(torch.zeros(nodes + 1, dtype=torch.int32), none)
+        none = torch.zeros(nodes + 1, dtype=torch.int32, device="cpu")
+        return from_lists(none, none[:0])
     points = points - points.min(0)  # small numbers: squares of integers stay exact
     neighbours = _nearest(points, k)  # (N, k): patch i is heard by these
     queries = np.repeat(np.arange(nodes, dtype=np.int32), k)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,55 @@ def test_bags_check_their_graph() -> None:
     moved = bags.with_edges(graph.knn(np.arange(12).reshape(6, 2))).to("meta")
     assert moved.edges is not None
     assert moved.edges.device.type == "meta"
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "sources", "order", "words"),
+    [
+        (int32(0, 1, 2), int32(1, 10**9), None, "sources: expected nodes from 0 to N - 1 = 1, got 1000000000"),
+        (int32(0, 1, 2), int32(1, -1), None, "sources: expected nodes from 0 to N - 1 = 1, got -1"),
+        (int32(0, 1, 3), int32(1, 0), None, "offsets: expected to run from 0 to E = 2, got 0 to 3"),
+        (int32(1, 1, 2), int32(1, 0), None, "offsets: expected to run from 0 to E = 2, got 1 to 2"),
+        (int32(0, 3, 2), int32(1, 0), None, "offsets: expected never to decrease, got less at index 2"),
+        (int32(0, 2**31 - 1, -2, 2), int32(1, 0), None, "offsets: expected never to decrease, got less at index 2"),
+        (int32(0, 1, 2), int32(1, 0), int32(0, 0), "order: expected every node from 0 to N - 1 = 1 once"),
+        (int32(0, 1, 2), int32(1, 0), int32(0, 2), "order: expected nodes from 0 to N - 1 = 1, got 2"),
+        (int32(0, 1, 2), int32(1, 0), int32(0), r"order: expected int32 \(2,\), got int32 \(1,\)"),
+        (int32(0, 1, 2).long(), int32(1, 0), None, r"offsets: expected int32 \(N\+1,\), got int64 \(3,\)"),
+        (int32(), int32(), None, r"offsets: expected int32 \(N\+1,\), got int32 \(0,\)"),
+        (int32(0, 1, 2), int32(1, 0)[None], None, r"sources: expected int32 \(E,\), got int32 \(1, 2\)"),
+    ],
+)
+def test_from_lists_says_what_is_wrong(offsets: Tensor, sources: Tensor, order: Tensor | None, words: str) -> None:
+    with pytest.raises(ValueError, match=f"{words}.*; make graphs by"):
+        graph.from_lists(offsets, sources, order)
+
+
+@pytest.mark.parametrize("name", ["offsets", "sources", "out_offsets", "targets", "position", "order"])
+def test_edges_have_the_sizes_that_they_say(name: str) -> None:
+    edges = graph.knn(np.zeros((3, 2)), 2)
+    for change in (lambda t: t.long(), lambda t: t[None], lambda t: t[:0], lambda t: t.to("meta")):
+        with pytest.raises(ValueError, match=r"^edges(\.\w+)?: expected"):
+            replace(edges, **{name: change(getattr(edges, name))})
+
+
+def test_no_more_edges_and_nodes_than_int32_counts() -> None:
+    nodes, edges = 2**30, 2**30
+    offsets, lists = int32(0).expand(nodes + 1), int32(0).expand(edges)
+    with pytest.raises(ValueError, match="edges: expected N \\+ E from 0 to 2147483647, got N = 1073741824 and E = "):
+        Edges(offsets, lists, offsets, lists, lists, lists)
+    assert Edges(offsets, lists[:-1], offsets, lists[:-1], lists[:-1], lists).num_edges == edges - 1
+    with pytest.raises(ValueError, match="k: expected at most 2147483647 edges and nodes, got 70000 patches of 40000"):
+        graph.knn(np.broadcast_to(np.zeros(2), (70_000, 2)), 40_000)
+
+
+def test_edges_between_bags_do_not_come_apart() -> None:
+    edges = graph.from_edge_index(torch.tensor([[0, 3], [1, 2]]), 4)
+    assert pairs(edges.rows(2, 4)) == [(1, 0)]
+    across = graph.from_edge_index(torch.tensor([[0, 0], [1, 2]]), 4)
+    with pytest.raises(ValueError, match="edges: expected none into nodes 2 to 3 from others"):
+        across.rows(2, 4)

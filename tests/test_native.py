@@ -186,12 +186,15 @@ def test_rows_that_are_not_numbers_are_skipped(isa: str, dtype: int) -> None:
     assert mass.sum() == (assignments >= 0).sum()
 
 
-def test_classes_outside_the_memory_are_skipped(isa: str) -> None:
-    labels = np.array([-1, 0, 1, 2, 3, -(2**62), 2**62, 2**32, -(2**32)] * 30)
-    case = replace(make(3, len(labels), 2, 4, 8), row_class=labels)
+@pytest.mark.parametrize("bad", [2, -2, -(2**62), 2**62, 2**32, -(2**32)])
+def test_classes_outside_the_memory_raise(bad: int) -> None:
+    case = replace(make(3, 90, 2, 4, 8), row_class=np.array([-1, 0, 1] * 30))
     _, mass, assignments = check_accumulate(case)
-    assert mass.sum() == 60
-    assert (assignments >= 0).sum() == 60
+    assert mass.sum() == (assignments >= 0).sum() == 60
+    case.row_class[50] = bad
+    for call in (case.accumulate, lambda: case.scatter(np.zeros((2, 4), np.float32), 0.9)):
+        with pytest.raises(ValueError, match=f"row_class: expected 0 to 1, or -1 for none, got {bad} at index 50"):
+            call()
 
 
 @pytest.mark.parametrize("normalize", [True, False])

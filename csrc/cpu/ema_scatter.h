@@ -19,7 +19,7 @@ struct EmaRows {
   int64_t n;                 // N
   int64_t s;                 // S
   int64_t row_stride;        //
-  const int64_t *row_class;  // (N,): a class outside [0, C) skips the row
+  const int64_t *row_class;  // (N,): a class outside [0, C) skips the row; Python lets only −1 through
   const float *weights;      // (N,), or null for 1
   bool normalize;            // accumulate z / max(|z|, 1e-12) rather than z
 };

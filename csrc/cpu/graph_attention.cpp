@@ -78,7 +78,7 @@ void backward_by_source(const float *grad, const GraphLists &graph, const GraphR
       pair[e] = pairs + place * rows.heads * 2;
     };
     for (int64_t e = first; e < last; ++e)
-      set(e - first, graph.targets[e], graph.position[e] + graph.targets[e]);
+      set(e - first, graph.targets[e], int64_t{graph.position[e]} + graph.targets[e]);
     set(last - first, j, place_of(graph.offsets, j + 1) - 1);
     kernels.heard_backward(rows, rows.l + j * rows.l_stride, {last - first + 1, r, g, pair},
                            d_l + j * columns);

@@ -14,7 +14,7 @@ namespace momkd {
 // A graph, and in which order its nodes are visited; see momkd.graph.Edges.
 struct GraphLists {
   const int32_t *offsets, *sources, *out_offsets, *targets, *position, *order;
-  int64_t nodes;
+  int64_t nodes, edges;
 };
 
 // Rows of heads · width columns, `l_stride` and `r_stride` elements from row to row.

@@ -21,7 +21,7 @@ from momkd.data.raw import check_id, check_written, one_line, own, plain_attribu
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
-from momkd.graph import Edges, check_lists, from_lists, knn
+from momkd.graph import Edges, from_lists, knn
 
 _LISTS = ("offsets", "sources", "order")
 
@@ -84,8 +84,7 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
                 check_written(path, name, data, path.stat().st_size)
                 lists.append(torch.from_numpy(data[:].astype(np.int32)))
             made = plain_attributes(file)
-        offsets, sources, order = lists
-        check_lists(offsets, sources, order)
+        edges = from_lists(*lists)
     except Exception as error:  # HDF5's errors on a damaged file have several roots
         raise InputError(
             f"{path}: expected a graph of momkd, got one that does not read ({one_line(error)}); remove it"
@@ -95,4 +94,4 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
         raise InputError(
             f"{path}: expected a graph of {what} of this slide, got another one; remove it to make it anew"
         )
-    return from_lists(offsets, sources, order)
+    return edges

@@ -58,8 +58,9 @@ def offsets(tensor: Tensor, rows: int) -> None:
     first, last = int(tensor[0]), int(tensor[-1])
     if first != 0 or last != rows:
         raise ValueError(f"offsets: expected to run from 0 to N = {rows}, got {first} to {last}")
-    if bool((tensor.diff() < 0).any()):
-        bag = int((tensor.diff() < 0).nonzero()[0])
+    down = tensor[1:] < tensor[:-1]  # the difference would wrap
+    if bool(down.any()):
+        bag = int(down.nonzero()[0])
         raise ValueError(f"offsets: expected never to decrease, but offsets[{bag + 1}] < offsets[{bag}]")
 
 

@@ -192,7 +192,8 @@ def memory_guided_pool(
     check.choice("branch", branch, ("positive", "per_class"))
     if not isinstance(temperature, Tensor):
         check.positive("temperature", temperature)
-        temperature = torch.full((), temperature, device=z.device)
+        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        temperature = torch.full((), temperature, dtype=dtype, device=z.device)
     elif temperature.numel() != 1:
         raise ValueError(f"temperature: expected a number or a scalar tensor, got {tuple(temperature.shape)}")
     check.same_device("z", z, values=values, memory=memory, offsets=offsets, temperature=temperature)

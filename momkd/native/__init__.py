@@ -60,10 +60,38 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     return True, "CPU tensors"
 
 
-def rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """A tensor (n, width) with columns one after the other, and what the kernels are told of it.
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError for another shape, dtype or device: the kernels get an address and read what they are told.
+
+    The values that serve as indices are checked in C++.
+    """
+    if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype) or tensor.device.type != "cpu":
+        wanted, got = (str(t).removeprefix("torch.") for t in (dtype or "float", tensor.dtype))
+        raise ValueError(
+            f"{name}: expected {wanted} {tuple(shape)} on cpu, got {got} {tuple(tensor.shape)} on {tensor.device}; "
+            "call the op through momkd.functional, whose docs say what fits"
+        )
+
+
+def bags_of(offsets: Tensor) -> tuple[Tensor, int]:
+    """Return contiguous offsets and the number of bags; the values are checked in C++."""
+    if offsets.dtype != torch.int32 or offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.device.type != "cpu":
+        raise ValueError(
+            f"offsets: expected int32 (B+1,) on cpu, got {str(offsets.dtype).removeprefix('torch.')} "
+            f"{tuple(offsets.shape)} on {offsets.device}; use Bags.from_list or offsets.int()"
+        )
+    return offsets.contiguous(), offsets.shape[0] - 1
+
+
+def rows(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """Return a tensor (n, width) with a contiguous last dimension, and what the kernels are told of it.
 
     The tensor must live until the call is over.
     """
+    if tensor.ndim != 2 or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected float32, float16 or bfloat16 (n, width) on cpu, got "
+            f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}; use {name}.float()"
+        )
     laid = tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
     return laid, (laid.data_ptr(), DTYPES[laid.dtype], laid.shape[0], laid.shape[1], laid.stride(0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from momkd.graph import Edges
-from momkd.native import extension, rows
+from momkd.native import expect, extension, rows
 from momkd.reference.philox import keep_scale, keep_threshold
 
 
@@ -16,11 +16,14 @@ class _Call:
     def __init__(
         self, x_l: Tensor, x_r: Tensor, att: Tensor, edges: Edges, slope: float, dropout_p: float, seed: Tensor | None
     ) -> None:
-        self.l, about_l = rows(x_l.float())
-        self.r, about_r = rows(x_r.float())
+        expect("att", att, (att.shape[0], att.numel() // max(att.shape[0], 1)))
+        expect("x_l", x_l, (edges.num_nodes, att.numel()))
+        expect("x_r", x_r, (edges.num_nodes, att.numel()))
+        self.l, about_l = rows("x_l", x_l.float())
+        self.r, about_r = rows("x_r", x_r.float())
         self.att = att.float().contiguous()
         self.lists = [t.contiguous() for t in edges.tensors()]
-        graph = (*(t.data_ptr() for t in self.lists), edges.num_nodes)
+        graph = (*(t.data_ptr() for t in self.lists), edges.num_nodes, edges.num_edges)
         about = (about_l, about_r, self.att.data_ptr(), self.att.shape[0], slope)
         dropout = (0, 0, 1.0)
         if dropout_p > 0 and seed is not None:
@@ -33,8 +36,8 @@ def graph_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(x_l, x_r, att, edges, negative_slope, dropout_p, seed)
     (nodes, width), heads = x_l.shape, att.shape[0]
-    out = torch.empty(nodes, width)
-    scores, stats = torch.empty(edges.num_edges + nodes, heads), torch.empty(nodes, heads, 2)
+    out = call.att.new_empty(nodes, width)
+    scores, stats = call.att.new_empty(edges.num_edges + nodes, heads), call.att.new_empty(nodes, heads, 2)
     pointers = out.data_ptr(), scores.data_ptr(), stats.data_ptr()
     extension()[0].graph_attention(*call.arguments, *pointers, torch.get_num_threads())
     return out.to(x_l.dtype), scores, stats
@@ -55,9 +58,14 @@ def graph_attention_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = _Call(x_l, x_r, att, edges, negative_slope, dropout_p, seed)
+    (nodes, width), heads = x_l.shape, att.shape[0]
+    expect("grad", grad, (nodes, width))
+    expect("out", out, (nodes, width))
+    expect("scores", scores, (edges.num_edges + nodes, heads))
+    expect("stats", stats, (nodes, heads, 2))
     given = [t.float().contiguous() for t in (grad, out, scores, stats)]
     like = (x_l, x_r, att)
-    made = [torch.empty(t.shape) if need else None for t, need in zip(like, needs, strict=True)]
+    made = [call.att.new_empty(t.shape) if need else None for t, need in zip(like, needs, strict=True)]
     extension()[0].graph_attention_backward(
         given[0].data_ptr(),
         *call.arguments,

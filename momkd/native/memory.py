@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd.native import extension, rows
+from momkd.native import bags_of, expect, extension, rows
 
 
 def _single(memory: Tensor) -> Tensor:
@@ -20,10 +20,19 @@ def _like(tensor: Tensor, needed: bool) -> Tensor | None:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
 
 
+def _rows_and_bank(z: Tensor, memory: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int], Tensor]:
+    """z (N, S) and what the kernels are told of it, and the memory (C, K, S) in float32."""
+    z, about = rows("z", z)
+    if memory.ndim != 3:
+        raise ValueError(f"memory: expected (C, K, S), got {tuple(memory.shape)}; one class alone is memory[None]")
+    expect("memory", memory, (*memory.shape[:2], z.shape[1]))
+    return z, about, _single(memory)
+
+
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float) -> tuple[Tensor, Tensor]:
-    z, about = rows(z)
-    bank = _single(memory)
-    value, slots = torch.empty(z.shape[0], bank.shape[0]), torch.empty(z.shape[0], bank.shape[0], dtype=torch.int32)
+    z, about, bank = _rows_and_bank(z, memory)
+    value = bank.new_empty(z.shape[0], bank.shape[0])
+    slots = torch.empty_like(value, dtype=torch.int32)
     extension()[0].memory_similarity(
         about,
         bank.data_ptr(),
@@ -39,8 +48,10 @@ def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float) -> tup
 def memory_similarity_backward(
     grad: Tensor, z: Tensor, memory: Tensor, reduce: str, tau: float, slots: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    z, about = rows(z)
-    grad, bank = _single(grad), _single(memory)
+    z, about, bank = _rows_and_bank(z, memory)
+    expect("grad", grad, (z.shape[0], bank.shape[0]))
+    expect("slots", slots, (z.shape[0], bank.shape[0]), torch.int32)
+    grad, slots = _single(grad), slots.contiguous()
     d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
     extension()[0].memory_similarity_backward(
         grad.data_ptr(),
@@ -57,9 +68,9 @@ def memory_similarity_backward(
 
 
 def soft_angle_loss(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float) -> Tensor:
-    z, about = rows(z)
-    bank, labels = _single(memory), labels.contiguous()
-    losses = torch.empty(z.shape[0])
+    z, about, bank = _rows_and_bank(z, memory)
+    expect("labels", labels, (z.shape[0],), torch.int64)
+    labels, losses = labels.contiguous(), bank.new_empty(z.shape[0])
     extension()[0].soft_angle_loss(
         about,
         bank.data_ptr(),
@@ -84,8 +95,10 @@ def soft_angle_loss_backward(
     beta: float,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    z, about = rows(z.masked_fill(labels[:, None] < 0, 0.0))
-    grad, bank, labels = _single(grad), _single(memory), labels.contiguous()
+    expect("labels", labels, (z.shape[0],), torch.int64)
+    z, about, bank = _rows_and_bank(z.masked_fill(labels[:, None] < 0, 0.0), memory)
+    expect("grad", grad, (z.shape[0],))
+    grad, labels = _single(grad), labels.contiguous()
     d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
     extension()[0].soft_angle_loss_backward(
         grad.data_ptr(),
@@ -106,12 +119,12 @@ def soft_angle_loss_backward(
 def memory_guided_pool(
     z: Tensor, values: Tensor, memory: Tensor, offsets: Tensor, temperature: Tensor, per_class: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (z, about), (values, pooling) = rows(z), rows(values)
-    bank, offsets = _single(memory), offsets.to(torch.int32).contiguous()
-    bags, classes = offsets.numel() - 1, bank.shape[0]
+    (z, about, bank), (values, pooling) = _rows_and_bank(z, memory), rows("values", values)
+    expect("values", values, (z.shape[0], values.shape[1]))
+    (offsets, bags), classes = bags_of(offsets), bank.shape[0]
     heads = classes if per_class else 1
-    pooled, attention = torch.empty(bags, heads, values.shape[1]), torch.empty(z.shape[0], heads)
-    slots = torch.empty(z.shape[0], classes, dtype=torch.int32)
+    pooled, attention = bank.new_empty(bags, heads, values.shape[1]), bank.new_empty(z.shape[0], heads)
+    slots = bank.new_empty(z.shape[0], classes, dtype=torch.int32)
     extension()[0].memory_guided_pool(
         about,
         pooling,
@@ -142,10 +155,16 @@ def memory_guided_pool_backward(
     slots: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    (z, about), (values, pooling) = rows(z), rows(values)
-    grad, bank, offsets = _single(grad), _single(memory), offsets.to(torch.int32).contiguous()
+    (z, about, bank), (values, pooling) = _rows_and_bank(z, memory), rows("values", values)
+    expect("values", values, (z.shape[0], values.shape[1]))
+    (offsets, bags), classes = bags_of(offsets), bank.shape[0]
+    heads = classes if per_class else 1
+    expect("grad", grad, (bags, heads, values.shape[1]))
+    expect("attention", attention, (z.shape[0], heads))
+    expect("slots", slots, (z.shape[0], classes), torch.int32)
+    grad, attention, slots = _single(grad), _single(attention), slots.contiguous()
     d_z, d_values = _like(z, needs[0]), _like(values, needs[1])
-    d_temperature = torch.empty(1) if needs[2] else None
+    d_temperature = bank.new_empty(1) if needs[2] else None
     extension()[0].memory_guided_pool_backward(
         grad.data_ptr(),
         about,
@@ -153,7 +172,7 @@ def memory_guided_pool_backward(
         bank.data_ptr(),
         tuple(bank.shape),
         offsets.data_ptr(),
-        offsets.numel() - 1,
+        bags,
         per_class,
         float(temperature),
         attention.data_ptr(),

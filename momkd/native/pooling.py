@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd.native import extension, rows
+from momkd.native import bags_of, expect, extension, rows
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
 
@@ -16,16 +16,13 @@ def _single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _bags(offsets: Tensor) -> tuple[Tensor, int]:
-    return offsets.to(torch.int32).contiguous(), offsets.numel() - 1
-
-
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    values, about = rows(values)
-    scores, (offsets, bags) = _single(scores), _bags(offsets)
+    values, about = rows("values", values)
     heads = scores.shape[1]
-    pooled = torch.empty(bags, heads, values.shape[1])
-    stats = torch.empty(bags, heads, 2)
+    expect("scores", scores, (values.shape[0], heads))
+    scores, (offsets, bags) = _single(scores), bags_of(offsets)
+    pooled = scores.new_empty(bags, heads, values.shape[1])
+    stats = scores.new_empty(bags, heads, 2)
     extension()[0].attention_pool(
         about,
         scores.data_ptr(),
@@ -48,8 +45,12 @@ def attention_pool_backward(
     stats: Tensor,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    values, about = rows(values)
-    grad, scores_single, (offsets, bags) = _single(grad), _single(scores), _bags(offsets)
+    values, about = rows("values", values)
+    heads, (offsets, bags) = scores.shape[1], bags_of(offsets)
+    expect("scores", scores, (values.shape[0], heads))
+    expect("grad", grad, (bags, heads, values.shape[1]))
+    expect("stats", stats, (bags, heads, 2))
+    grad, scores_single, stats = _single(grad), _single(scores), _single(stats)
     d_values = torch.empty_like(values, memory_format=torch.contiguous_format) if needs[0] else None
     d_scores = torch.empty_like(scores_single) if needs[1] else None
     extension()[0].attention_pool_backward(
@@ -58,7 +59,7 @@ def attention_pool_backward(
         scores_single.data_ptr(),
         offsets.data_ptr(),
         bags,
-        scores.shape[1],
+        heads,
         stats.data_ptr(),
         0 if d_scores is None else d_scores.data_ptr(),
         0 if d_values is None else d_values.data_ptr(),
@@ -73,16 +74,27 @@ class _Gate:
     def __init__(self, x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None) -> None:
         w_v, b_v, w_u, b_u, w_a, b_a = parameters
         branches = [(w_v, b_v)] if w_u is None else [(w_v, b_v), (w_u, b_u)]
+        if w_a.ndim != 2 or x.ndim != 2:
+            raise ValueError(
+                f"x, w_a: expected (N, L) and (H, D), got {tuple(x.shape)} and {tuple(w_a.shape)}; use w_a[None]"
+            )
         self.x, self.gated, (self.heads, self.hidden) = x, w_u is not None, w_a.shape
+        for name, weight, bias in (("v", w_v, b_v), ("u", w_u, b_u)):
+            if weight is not None:
+                expect(f"w_{name}", weight, (self.hidden, x.shape[1]))
+            if bias is not None:
+                expect(f"b_{name}", bias, (self.hidden,))
+        if b_a is not None:
+            expect("b_a", b_a, (self.heads,))
         self.weight = torch.cat([weight.to(torch.float32) for weight, _ in branches])  # (D or 2 D, L)
-        zero = torch.zeros(self.hidden)
+        zero = self.weight.new_zeros(self.hidden)
         self.bias = torch.cat([zero if bias is None else bias.to(torch.float32) for _, bias in branches])
         self.w_a, self.b_a = _single(w_a), None if b_a is None else _single(b_a)
         self.dropout = (0, 1.0)
         self.seed = 0
         if dropout_p > 0 and seed is not None:
             self.dropout, self.seed = (keep_threshold(dropout_p), keep_scale(dropout_p)), int(seed)
-        self.pre = torch.empty(min(BLOCK, x.shape[0]), len(self.bias))
+        self.pre = self.weight.new_empty(min(BLOCK, x.shape[0]), len(self.bias))
 
     def blocks(self) -> range:
         return range(0, self.x.shape[0], BLOCK)
@@ -102,7 +114,7 @@ def gated_attention_pool(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     gate = _Gate(x, parameters, dropout_p, seed)
-    scores = torch.empty(x.shape[0], gate.heads)
+    scores = gate.weight.new_empty(x.shape[0], gate.heads)
     bias = 0 if gate.b_a is None else gate.b_a.data_ptr()
     for first in gate.blocks():
         _, pre = gate.product(first)
@@ -124,6 +136,7 @@ def gated_attention_pool_backward(
     stats: Tensor,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
+    expect("scores", scores, (x.shape[0], parameters.w_a.shape[0]))
     d_x, d_scores = attention_pool_backward(grad_pooled, x, scores, offsets, pooled, stats, (needs[0], True))
     assert d_scores is not None
     if grad_scores is not None:

@@ -74,12 +74,12 @@ class MemoryBank(nn.Module):
         if adaptive and update != "momentum":
             raise ValueError(f"adaptive: expected update='momentum', got {update!r}, whose K the optimizer knows")
         self.update, self.adaptive = update, adaptive
-        memory = torch.zeros(num_classes, slots, features)
+        memory = torch.zeros(num_classes, slots, features, dtype=torch.float32)
         if update == "gradient":
             self.memory = nn.Parameter(memory)
         else:
             self.register_buffer("memory", memory)
-        self.register_buffer("usage", torch.zeros(num_classes, slots))
+        self.register_buffer("usage", torch.zeros(num_classes, slots, dtype=torch.float32))
 
     @property
     def num_classes(self) -> int:
@@ -318,7 +318,7 @@ def _take(memory: Tensor, which: Tensor) -> Tensor:
 
 def _beside(unit: Tensor, generator: torch.Generator | None) -> Tensor:
     """Unit vectors (..., S) a little aside of these, in random directions. On the CPU."""
-    noise = torch.randn(unit.shape, generator=generator)
+    noise = torch.randn(unit.shape, generator=generator, dtype=unit.dtype)
     tangent = noise - (noise * unit).sum(-1, keepdim=True) * unit
     return nn.functional.normalize(unit + _APART * nn.functional.normalize(tangent, dim=-1), dim=-1)
 

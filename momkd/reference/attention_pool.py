@@ -10,6 +10,7 @@ from torch import Tensor
 
 from momkd.reference.segments import (
     accumulate_dtype,
+    check_offsets,
     segment_softmax,
     softmax_pool_backward,
     softmax_stats,
@@ -20,6 +21,7 @@ from momkd.reference.segments import (
 
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L) in the dtype of values, stats (B, H, 2)."""
+    check_offsets(offsets, values.shape[0])
     dtype = accumulate_dtype(values.dtype)
     s = scores.to(dtype)
     stats = softmax_stats(s, offsets)
@@ -37,6 +39,7 @@ def attention_pool_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of values and scores, each None where `needs` says so."""
+    check_offsets(offsets, values.shape[0])
     dtype = accumulate_dtype(values.dtype)
     g, v = grad.to(dtype), values.to(dtype)
     weights = segment_softmax(scores.to(dtype), stats, offsets)

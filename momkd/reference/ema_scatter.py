@@ -3,8 +3,9 @@
 k_i = arg-max_k cos(z_i, M[c_i, k]) (of equal ones the lowest). For every slot that received mass
 M ← normalise(m · M + (1 − m) · Σ w_i z_i / Σ w_i); for all slots usage ← m · usage + (1 − m) · Σ w_i.
 
-A row with class −1 is skipped, and so is one that holds a NaN or an infinity: a single bad patch must not poison a
-prototype for the rest of a run. Both have assignment −1. A weight that is zero, negative or not finite brings no mass.
+A row with class −1 is skipped (on a GPU, where looking would wait, one with any class outside the memory), and so is
+one that holds a NaN or an infinity: a single bad patch must not poison a prototype for the rest of a run. All have
+assignment −1. A weight that is zero, negative or not finite brings no mass.
 A slot that received no mass keeps its vector bit for bit. So does one where what is to be normalised, v, is not finite
 or has cancelled: |v| ≤ 1e-5 · (m · |M| + 1 − m), the share of what unit rows and the slot would give if they all
 pointed the same way. What is left then is rounding, and normalising it would give a random direction.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from momkd.reference.memory_similarity import unit_rows
-from momkd.reference.segments import accumulate_dtype
+from momkd.reference.segments import accumulate_dtype, check_labels
 
 CANCELLED = 1e-5
 
@@ -29,6 +30,7 @@ def ema_accumulate(
     sums (C, K, S) of w_i z_i, mass (C, K) of w_i, assignments (N,) int32.
     """
     classes, slots, width = memory.shape
+    check_labels("row_class", row_class, classes)
     dtype = accumulate_dtype(z.dtype)
     rows = z.to(dtype)
     valid = (row_class >= 0) & (row_class < classes) & rows.isfinite().all(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from momkd.reference.philox import gate_dropout_masks, keep_scale
 from momkd.reference.segments import (
     accumulate_dtype,
+    check_offsets,
     segment_softmax,
     softmax_pool_backward,
     softmax_stats,
@@ -66,6 +67,7 @@ def gated_attention_pool(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, L), offsets (B+1,) -> pooled (B, H, L) in the dtype of x, scores (N, H) before softmax, stats (B, H, 2)."""
+    check_offsets(offsets, x.shape[0])
     xa = x.to(accumulate_dtype(x.dtype))
     scores = _linear(_gate(xa, parameters, dropout_p, seed).hidden, parameters.w_a, parameters.b_a)
     stats = softmax_stats(scores, offsets)
@@ -87,6 +89,7 @@ def gated_attention_pool_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so; gates are recomputed."""
+    check_offsets(offsets, x.shape[0])
     xa = x.to(accumulate_dtype(x.dtype))
     g = grad_pooled.to(xa.dtype)
     w_v, b_v, w_u, b_u, w_a, b_a = parameters

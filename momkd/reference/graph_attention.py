@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd.graph import Edges
+from momkd.graph import Edges, check_lists
 from momkd.reference.philox import edge_dropout_mask, keep_scale
 from momkd.reference.segments import accumulate_dtype, bag_index, segment_softmax, softmax_stats
 
@@ -22,7 +22,9 @@ from momkd.reference.segments import accumulate_dtype, bag_index, segment_softma
 def hearings(edges: Edges) -> tuple[Tensor, Tensor, Tensor]:
     """Of every place p: node j that is heard and node i that hears, (E + N,) int64 each; and their offsets (N + 1,)."""
     nodes, device = edges.num_nodes, edges.device
-    offsets = edges.offsets + torch.arange(nodes + 1, dtype=torch.int32, device=device)
+    if device.type == "cpu":
+        check_lists(edges.offsets, edges.sources, edges.order)
+    offsets = edges.offsets.long() + torch.arange(nodes + 1, device=device)  # E + N may pass 2³¹
     target = bag_index(offsets, edges.num_edges + nodes)
     source = target.clone()  # itself, where no edge says otherwise
     of_edge = bag_index(edges.offsets, edges.num_edges)
@@ -49,6 +51,8 @@ def graph_attention(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_l, x_r (N, H·C), att (H, C) -> out (N, H·C) like x_l, scores (E + N, H) before softmax, stats (N, H, 2)."""
+    if x_l.shape[0] != edges.num_nodes:
+        raise ValueError(f"edges: expected a graph of N = {x_l.shape[0]} nodes, got {edges.num_nodes}; make it anew")
     dtype, (heads, width) = accumulate_dtype(x_l.dtype), att.shape
     source, target, offsets = hearings(edges)
     heard = x_l.to(dtype).view(-1, heads, width)[source]  # (E + N, H, C)

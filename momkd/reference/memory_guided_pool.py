@@ -13,6 +13,7 @@ from torch import Tensor
 from momkd.reference.memory_similarity import memory_similarity, unit_rows, unit_rows_backward
 from momkd.reference.segments import (
     accumulate_dtype,
+    check_offsets,
     segment_softmax,
     softmax_pool_backward,
     softmax_stats,
@@ -44,6 +45,9 @@ def memory_guided_pool(
 
     pooled (B, H, L) in the dtype of values, attention (N, H), slots (N, C) int32.
     """
+    check_offsets(offsets, values.shape[0])
+    if memory.shape[0] < 2 or (memory.shape[0] > 2 and not per_class):
+        raise ValueError(f"memory: expected 2 classes, or more with per_class, got {memory.shape[0]}")
     dtype = accumulate_dtype(values.dtype)
     similarity, slots = memory_similarity(z.to(dtype), memory.detach())
     scores = margins(similarity, per_class) / temperature.to(dtype)
@@ -65,6 +69,7 @@ def memory_guided_pool_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, values and temperature, each None where `needs` says so."""
+    check_offsets(offsets, values.shape[0])
     dtype = accumulate_dtype(values.dtype)
     g, v, t = grad.to(dtype), values.to(dtype), temperature.to(dtype)
     d_z = d_values = d_temperature = None

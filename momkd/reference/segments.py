@@ -17,6 +17,31 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_offsets(offsets: Tensor, rows: int) -> None:
+    """Raise ValueError for offsets that are not those of `rows` rows; on the CPU only, where looking costs nothing."""
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"offsets: expected (B+1,), got {tuple(offsets.shape)}; use Bags.from_list")
+    if offsets.device.type != "cpu":
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != rows:
+        raise ValueError(f"offsets: expected to run from 0 to N = {rows}, got {first} to {last}; use Bags.from_list")
+    if bool((offsets[1:] < offsets[:-1]).any()):
+        raise ValueError(
+            "offsets: expected never to decrease, got a bag that ends before it begins; use Bags.from_list"
+        )
+
+
+def check_labels(name: str, labels: Tensor, classes: int) -> None:
+    """Raise ValueError for a label that is neither −1 nor a class; on the CPU only."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    low, high = (int(end) for end in labels.aminmax())
+    if low < -1 or high >= classes:
+        bad = high if high >= classes else low
+        raise ValueError(f"{name}: expected 0 to {classes - 1}, or -1 for none, got {bad}; use -1 for rows without one")
+
+
 def bag_index(offsets: Tensor, rows: int) -> Tensor:
     """The bag of every row, (N,) int64. `rows` is N, given so that the device is not asked."""
     bags = torch.arange(offsets.numel() - 1, device=offsets.device)

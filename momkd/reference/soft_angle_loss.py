@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from momkd.reference.memory_similarity import memory_similarity, memory_similarity_backward
-from momkd.reference.segments import accumulate_dtype
+from momkd.reference.segments import accumulate_dtype, check_labels
 
 
 def _gap(similarity: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,6 +22,7 @@ def _gap(similarity: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def soft_angle_loss(z: Tensor, memory: Tensor, labels: Tensor, margin: float, tau: float, beta: float) -> Tensor:
     """z (B, S), memory (C, K, S), labels (B,) int64 -> losses (B,) in float32 (float64 for a float64 z)."""
+    check_labels("labels", labels, memory.shape[0])
     similarity, _ = memory_similarity(z, memory, "lse", tau)
     delta, _ = _gap(similarity, labels)
     loss = torch.nn.functional.softplus(beta * (margin - delta))
@@ -39,6 +40,7 @@ def soft_angle_loss_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of z and memory from the gradient (B,) of the losses; None where `needs` says so."""
+    check_labels("labels", labels, memory.shape[0])
     dtype = accumulate_dtype(z.dtype)
     labelled = labels[:, None] >= 0
     rows = torch.where(labelled, z, torch.zeros_like(z))  # one that is not finite must not turn 0 · NaN into a gradient
