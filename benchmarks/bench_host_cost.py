@@ -10,6 +10,7 @@ from __future__ import annotations
 import cProfile
 import importlib
 import os
+import pkgutil
 import pstats
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +30,6 @@ from momkd import functional as F
 ROWS, WIDTH, HIDDEN, CLASSES, SLOTS = 32, 16, 8, 2, 4
 BATCH, SECONDS = 4, 0.4
 TARGET = 150e-6  # of gated_attention_pool forward and backward by Triton
-MODULES = ("gated_attention_pool", "attention_pool", "graph_attention", "memory_guided_pool", "memory_similarity")
-LAUNCHERS = (*MODULES, "segment_pool", "soft_angle_loss", "_slots")
 PATHS = ("triton", "native")
 
 
@@ -81,7 +80,8 @@ def _nothing(kernel: object, grid: tuple[int, ...], *args: object, **meta: objec
 @contextmanager
 def stubbed(device: str) -> Iterator[None]:
     """Inside, dispatch takes the Triton kernels for tensors of this device, and none of them is started."""
-    modules = [importlib.import_module(f"momkd.kernels.{name}") for name in LAUNCHERS]
+    folder = importlib.import_module("momkd.kernels").__path__
+    modules = [importlib.import_module(f"momkd.kernels.{each.name}") for each in pkgutil.iter_modules(folder)]
     interpreted = {} if device == "cuda" else {"TRITON_INTERPRET": "1"}
     with mock.patch.dict(os.environ, interpreted):
         patches = [mock.patch.object(m, "launch", _nothing) for m in modules if hasattr(m, "launch")]

@@ -195,6 +195,7 @@ def kept(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not env.triton_interpreted(), reason="TRITON_INTERPRET=1 runs kernels on the CPU")
 def test_every_op_is_tuned_and_stays_right(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     x, offsets = torch.randn(20, 40), offsets_of((3, 0, 17))
     w, a, memory, t = torch.randn(40, 40), torch.randn(2, 40), torch.randn(2, 40, 40), torch.tensor(0.2)
     labels = torch.arange(20) % 2
