@@ -141,3 +141,11 @@ def test_the_plain_codebook_computes_the_losses_of_vector_quantize_pytorch() -> 
         kept += [loss.detach().reshape(()), leaf.grad, codebook._codebook.embed.grad]
     for mine, other in zip(got, want, strict=True):
         assert cases.relative(mine, other) < 1e-6
+
+
+def test_peak_memory_of_a_step_counts_its_gradients_every_time() -> None:
+    x = torch.randn(10_000, 1000, requires_grad=True)
+    step = measure.forward_and_backward(x.exp, (x,))
+    peaks = [measure.peak_bytes(step) for _ in range(3)]
+    assert min(peaks) >= 2 * x.nbytes  # the result, which backward needs, and the gradient
+    assert len(set(peaks)) == 1
