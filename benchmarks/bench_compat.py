@@ -76,8 +76,8 @@ FORMS = {"CLAM_SB": clam_forms, "torchmil ABMIL": torchmil_forms}
 
 def stepped(form: Callable[[], Tensor], model: nn.Module) -> Callable[[], None]:
     def run() -> None:
-        model.zero_grad()
         form().sum().backward()
+        model.zero_grad()
 
     return run
 

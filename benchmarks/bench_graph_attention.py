@@ -51,8 +51,8 @@ def layer_calls(device: str, nodes: int, dtype: torch.dtype) -> tuple[dict[str, 
 
     def step(module: torch.nn.Module, *given: Any) -> Callable[[], None]:
         def run() -> None:
-            module.zero_grad(set_to_none=True)
             module(*given).backward(grad)
+            module.zero_grad(set_to_none=True)
 
         return run
 

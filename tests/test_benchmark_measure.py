@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, measure
+from benchmarks import bench_training_step, cases, measure
 from benchmarks.profile_step import Activity, summary
 
 HOST_ONLY = {"bench_host_cost"}  # times the host on purpose
@@ -141,3 +142,21 @@ def test_the_plain_codebook_computes_the_losses_of_vector_quantize_pytorch() -> 
         kept += [loss.detach().reshape(()), leaf.grad, codebook._codebook.embed.grad]
     for mine, other in zip(got, want, strict=True):
         assert cases.relative(mine, other) < 1e-6
+
+
+def test_peak_memory_of_a_step_counts_its_gradients_every_time() -> None:
+    x = torch.randn(10_000, 1000, requires_grad=True)
+    step = measure.forward_and_backward(x.exp, (x,))
+    peaks = [measure.peak_bytes(step) for _ in range(3)]
+    assert min(peaks) >= 2 * x.nbytes  # the result, which backward needs, and the gradient
+    assert len(set(peaks)) == 1
+
+
+def test_a_training_step_has_a_peer_without_vector_quantize_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_geometric", reason="the peer needs PyG: pip install -e '.[peers]'")
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)  # an import of it fails
+    monkeypatch.setattr(bench_training_step, "own_codebook", lambda: True)
+    calls = bench_training_step.step_calls("cpu", [20, 30], width=32, genes=20)  # compares the losses
+    assert list(calls) == ["momkd", "eager, own codebook"]
+    for call in calls.values():
+        call()
