@@ -68,7 +68,7 @@ def reports(archs: Sequence[str], code: bytes | None = None) -> list[Report]:
     found = []
     for arch in archs:
         for kernel in KERNELS:
-            threads = ema.WARP if "rows" not in kernel else ema.THREADS
+            threads = ema.THREADS if "rows" in kernel or "runs" in kernel else ema.WARP
             report = Report(kernel, "4M rows", arch, warps=threads // 32, stages=1)
             if "reduce" in kernel:
                 report.warps, report.shared = ema.REDUCE_THREADS // 32, ema.REDUCE_SHARED

@@ -252,7 +252,7 @@ def test_machine_code_is_kept_for_later_processes(folder: Path, monkeypatch: pyt
     assert nvrtc.compiled(80) != first
     compiler.version = (13, 1)
     nvrtc.compiled(90)
-    monkeypatch.setattr(nvrtc, "_texts", lambda: (b"ema_rows_float32_shared_kernel", [b""]))
+    monkeypatch.setattr(nvrtc, "_texts", lambda: (b"ema_rows_float32_shared_kernel", [b""] * len(nvrtc.HEADERS)))
     nvrtc.compiled(90)
     assert len(compiler.compiled) == 4
     assert len(list(folder.iterdir())) == 4

@@ -19,6 +19,7 @@ from tests.ops.test_ema_cuda import SHAPES, case, check
 ABLE, REASON = can_run("ema_scatter_", "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ABLE, reason=REASON)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MEMORIES = [(2, 16), (5, 500)]  # sums in each block, and rows sorted by slot
 LARGE = {
     "a slide": (30_001, 2, 16, 64),
     "many slides": (400_003, 2, 16, 64),
@@ -94,9 +95,10 @@ def scatter(memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None
     return F.ema_scatter_(moved, usage, z, row_class, weights=weights, momentum=0.9), moved, usage
 
 
+@pytest.mark.parametrize("memory_size", MEMORIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_each_time(dtype: torch.dtype) -> None:
-    memory, z, row_class = on_gpu(700_001, 2, 16, 64, dtype)
+def test_the_same_bits_each_time(dtype: torch.dtype, memory_size: tuple[int, int]) -> None:
+    memory, z, row_class = on_gpu(700_001, *memory_size, 64, dtype)
     weights = torch.rand(len(z), device="cuda")
     assert choose("ema_scatter_", None, (memory, z)) == "cuda"
     first = scatter(memory, z, row_class, weights)
@@ -131,6 +133,18 @@ def test_the_halves_are_the_whole() -> None:
     assert torch.equal(used, usage)
 
 
+def test_a_million_rows_of_one_slot() -> None:
+    """A large memory of which one slot takes all rows: shared out evenly, and added up in float64."""
+    memory, z, row_class = on_gpu(1_000_000, 64, 1024, 64)
+    assert ema.plan(len(z), *memory.shape, 4).by_slot
+    z, memory[7] = z.abs(), torch.rand(1, 64, device="cuda")
+    row_class.fill_(7)
+    sums, mass = F.ema_accumulate(memory, z, row_class, backend="cuda")
+    assert_close(sums[7, 0], torch.nn.functional.normalize(z.double()).sum(0), 1e-6)
+    assert float(mass[7, 0]) == float(mass.sum()) == len(z)
+    assert not sums.flatten(0, 1)[torch.arange(64 * 1024, device="cuda") != 7 * 1024].any()
+
+
 def test_untouched_slots_keep_their_bits() -> None:
     memory, z, row_class = on_gpu(40, 2, 500, 24)
     memory *= 1.5
@@ -162,8 +176,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert float(usage.double().sum()) == pytest.approx(0.1 * rows, rel=1e-5)
 
 
-def test_nothing_waits_for_the_device() -> None:
-    memory, z, row_class = on_gpu(5000, 2, 16, 64)
+@pytest.mark.parametrize("memory_size", MEMORIES)
+def test_nothing_waits_for_the_device(memory_size: tuple[int, int]) -> None:
+    memory, z, row_class = on_gpu(5000, *memory_size, 64)
     scatter(memory, z, row_class)  # loads the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -203,9 +218,10 @@ def test_in_new_threads() -> None:
             assert torch.equal(a, b)
 
 
-def test_captured_in_a_graph() -> None:
-    memory, z, row_class = on_gpu(60_000, 2, 16, 64, torch.bfloat16)
-    usage = torch.zeros(2, 16, device="cuda")
+@pytest.mark.parametrize("memory_size", MEMORIES)
+def test_captured_in_a_graph(memory_size: tuple[int, int]) -> None:
+    memory, z, row_class = on_gpu(60_000, *memory_size, 64, torch.bfloat16)
+    usage = torch.zeros(memory_size, device="cuda")
     scatter(memory, z, row_class)
     wanted, used = memory.clone(), usage.clone()
     graph = torch.cuda.CUDAGraph()

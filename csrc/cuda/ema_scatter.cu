@@ -27,6 +27,9 @@ const Named kKernels[] = {
     MOMKD_NAMED(ema_rows_float32_global_kernel),
     MOMKD_NAMED(ema_rows_float16_global_kernel),
     MOMKD_NAMED(ema_rows_bfloat16_global_kernel),
+    MOMKD_NAMED(ema_runs_float32_kernel),
+    MOMKD_NAMED(ema_runs_float16_kernel),
+    MOMKD_NAMED(ema_runs_bfloat16_kernel),
     MOMKD_NAMED(ema_reduce_kernel),
     MOMKD_NAMED(ema_apply_kernel),
 };

@@ -8,18 +8,21 @@
 //     group     rows of one class form quads of four
 //     compare   G lanes a quad, each with 4 rows × 8 slots in registers; lanes share out slots and columns
 //     collect   rows sorted by slot; sixteen threads add up all rows of a slot, in the order of the rows
-//   ema_reduce_kernel   the blocks' sums in the order of the blocks, in float64, and the update if usage is
-//   given ema_apply_kernel    the update alone
+//   ema_runs_*_kernel   for a memory too large for sums in each block: collect above tells only the slots of
+//     the rows, which are sorted by slot before they are added up here (ema_runs.cuh)
+//   ema_reduce_kernel   the sums of all blocks in their order, in float64, and the update if usage is given
+//   ema_apply_kernel    the update alone
 //
 // No atomics: which rows a sum takes, and in which order, follows from sizes alone. nvcc, NVRTC and,
 // over tests/cpp/emulated_cuda.h, a C++ compiler read this file. momkd/cuda/ema.py plans the launches.
 #pragma once
 
+#include "cuda/ema_runs.cuh"
+#include "cuda/ema_task.cuh"
 #include "cuda/rows.cuh"
 
 namespace momkd {
 
-constexpr int kThreads = 128, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kQuad = 4;         // rows of a lane
 constexpr int kOwn = 8;          // slots of a lane
 constexpr int kBins = kThreads;  // a thread a bin
@@ -34,30 +37,6 @@ constexpr double kCancelled = 1e-5;
 // Rows beyond it are compared after a change of scale, by a power of two.
 constexpr float kSmallest = 1e-20f, kLargest = 1e30f, kUp = 0x1p64f, kDown = 0x1p-8f;
 constexpr float kFinite = 3.402823466e38f;
-
-// What all kernels are told. Every field has eight bytes; momkd/cuda/ema.py packs them in this order.
-struct EmaTask {
-  const void *z;               // (N, S), `row_stride` elements from row to row
-  const long long *row_class;  // (N,)
-  const float *weights;        // (N,), or null for 1
-  float *memory;               // (C, K, S)
-  float *usage;                // (C, K), or null: no update
-  float *sums;                 // (C, K, S)
-  float *mass;                 // (C, K)
-  int *assignments;            // (N,)
-  float4 *bank;                // (C, bank_columns, bank_slots): four columns of each slot, slots side by side
-  float *partial_sums;         // (blocks, C·K, sum_pitch)
-  double *partial_mass;        // (blocks, C·K)
-  double momentum;
-  long long n, s, row_stride, classes, slots, normalize;
-  long long blocks, block_rows, tile_rows;
-  long long tile_pitch;  // bytes from row to row of a tile
-  long long bank_columns, bank_slots, sum_pitch;
-  long long slot_lanes, column_lanes;  // G = slot_lanes · column_lanes
-  long long stages, copies_16;         // 16 bytes at a time: every row begins and ends on such a boundary
-  long long mass_at, sums_at, bank_at, stage_at, stage_bytes, classes_at,
-      weights_at;  // shared memory, in bytes
-};
 
 // --- a block and its rows
 
@@ -81,11 +60,6 @@ static_assert(sizeof(BlockState) <= kStateBytes, "momkd/cuda/ema.py reserves thi
 struct Place {
   int index, start, span;
 };
-
-__device__ inline unsigned char *shared_memory() {
-  extern __shared__ __align__(16) unsigned char momkd_shared[];
-  return momkd_shared;
-}
 
 template <typename Row, bool kShared>
 struct RowBlock {
@@ -121,7 +95,7 @@ struct RowBlock {
       __syncthreads();
       unsigned char *tile = at_stage(stage);
       const int count = static_cast<int>(end - first < tile_rows ? end - first : tile_rows);
-      inspect(tile, count);
+      inspect(tile, first, count);
       group();
       compare(tile);
       collect(tile, first, count);
@@ -129,7 +103,7 @@ struct RowBlock {
       receive(first + stages * tile_rows, end, stage);
       if (stages == 2) stage ^= 1;
     }
-    if (kShared) publish();
+    if (kShared && !task.keys) publish();
   }
 
  private:
@@ -146,11 +120,12 @@ struct RowBlock {
 
   __device__ void prepare() {
     clear_table();
-    const long long floats = cells() * task.sum_pitch;
+    const long long floats = task.keys ? 0 : cells() * task.sum_pitch;
+    const int masses = task.keys ? 0 : cells();
 #pragma unroll 1
     for (long long i = thread; i < floats; i += kThreads) sums[i] = 0;
 #pragma unroll 1
-    for (int i = thread; i < cells(); i += kThreads) mass[i] = 0;
+    for (int i = thread; i < masses; i += kThreads) mass[i] = 0;
     if (!kShared) return;
     float4 *to = reinterpret_cast<float4 *>(shared_memory() + task.bank_at);
     const int vectors = static_cast<int>(task.classes * task.bank_columns * task.bank_slots);
@@ -207,9 +182,10 @@ struct RowBlock {
           column < columns() ? reinterpret_cast<const unsigned short *>(from)[column] : 0;
   }
 
-  __device__ void inspect(unsigned char *tile, int count) {
+  __device__ void inspect(unsigned char *tile, long long first, int count) {
     int label = -1;
     float weight = 0, scale = 0;
+    double unscaled = 0;
     if (thread < count) {
       const long long asked = reinterpret_cast<const long long *>(tile + task.classes_at)[thread];
       if (asked >= 0 && asked < task.classes) {
@@ -219,7 +195,8 @@ struct RowBlock {
         const float squared = squared_length(row);
         bool usable = squared >= kSmallest && squared <= kLargest;
         scale = task.normalize ? weight / sqrtf(squared) : weight;
-        if (!usable) usable = rescale(row, weight, scale);
+        unscaled = scale;
+        if (!usable) usable = rescale(row, weight, scale, unscaled);
         if (usable) label = static_cast<int>(asked);
       }
     }
@@ -227,6 +204,7 @@ struct RowBlock {
     state.slot[thread] = -1;
     state.weight[thread] = label < 0 ? 0 : weight;
     state.scale[thread] = scale;
+    if (task.keys && thread < count) task.scales[first + thread] = unscaled;
     for (int i = thread; i < static_cast<int>(sizeof state.quads) / 4; i += kThreads)
       reinterpret_cast<unsigned *>(state.quads)[i] = kAll;
   }
@@ -248,8 +226,8 @@ struct RowBlock {
     return (total.x + total.y) + (total.z + total.w);
   }
 
-  // A row that is zero, tiny, huge or not finite (false).
-  __device__ bool rescale(unsigned char *row, float weight, float &scale) const {
+  // A row that is zero, tiny, huge or not finite (false). `unscaled` is for the row as it was.
+  __device__ bool rescale(unsigned char *row, float weight, float &scale, double &unscaled) const {
     double squared = 0;
 #pragma unroll 1
     for (int column = 0; column < columns(); ++column) {
@@ -261,7 +239,8 @@ struct RowBlock {
 #pragma unroll 1
     for (int column = 0; column < columns(); ++column) Row::put(row, column, Row::one(row, column) * factor);
     const double length = sqrt(squared) > kEps ? sqrt(squared) : kEps;
-    scale = static_cast<float>((task.normalize ? weight / length : weight) / factor);
+    unscaled = task.normalize ? weight / length : weight;
+    scale = static_cast<float>(unscaled / factor);
     return true;
   }
 
@@ -423,7 +402,12 @@ struct RowBlock {
     const int slot = state.slot[thread], cells = this->cells();
     if (thread < count) task.assignments[first + thread] = slot;
     const int key = state.key[thread] * slots() + slot;
-    const int bin = slot >= 0 && state.weight[thread] > 0 ? key % kBins : -1;
+    const bool brings = slot >= 0 && state.weight[thread] > 0;
+    if (task.keys) {
+      if (thread < count) task.keys[first + thread] = brings ? key : cells;
+      return;
+    }
+    const int bin = brings ? key % kBins : -1;
     const int used = cells < kBins ? cells : kBins;
     const Place place = arrange(bin, bits_of(used), 1);
     state.key[thread] = key;
@@ -559,35 +543,37 @@ __device__ inline void apply_slot(const EmaTask &task, long long slot, int lane)
     vector[j] = static_cast<float>((task.momentum * vector[j] + take * total[j]) / length);
 }
 
-// 16 lanes of 4 columns, 32 groups of blocks: group g takes blocks g, g + 32, ... in turn.
-__device__ inline void reduce_slot(const EmaTask &task, long long slot) {
+// Adds up what blocks or runs have for a slot. 16 lanes of 4 columns, 32 groups: group g takes parts g, g +
+// 32, ... in turn.
+__device__ inline void add_parts(const EmaTask &task, long long slot, long long parts, long long first_part,
+                                 long long next_part, long long step) {
   constexpr int kGroups = kReduceThreads / kReduceLanes, kAhead = 8;  // loads in flight
   double (&columns)[kGroups][kReduceColumns] =
       *reinterpret_cast<double (*)[kGroups][kReduceColumns]>(shared_memory());
   const int thread = threadIdx.x, quarter = thread % kReduceLanes, group = thread / kReduceLanes;
-  const long long cells = task.classes * task.slots;
+  const auto place = [&](int part) { return part ? next_part + (part - 1) * step : first_part; };
+  const int count = static_cast<int>(parts);
   for (int first = 0; first < task.s; first += kReduceColumns) {
     const int column = first + 4 * quarter;
     double total[4] = {};
     if (column < task.sum_pitch) {
-      const float *from = task.partial_sums + slot * task.sum_pitch + column;
-      const auto at = [&](int block) {
-        return *reinterpret_cast<const float4 *>(from + block * (cells * task.sum_pitch));
+      const float *from = task.partial_sums + column;
+      const auto at = [&](int part) {
+        return *reinterpret_cast<const float4 *>(from + place(part) * task.sum_pitch);
       };
       const auto add = [&](const float4 &x) {
         total[0] += x.x, total[1] += x.y, total[2] += x.z, total[3] += x.w;
       };
-      const int blocks = static_cast<int>(task.blocks);
-      int block = group;
-      for (; block + (kAhead - 1) * kGroups < blocks; block += kAhead * kGroups) {
+      int part = group;
+      for (; part + (kAhead - 1) * kGroups < count; part += kAhead * kGroups) {
         float4 x[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) x[i] = at(block + i * kGroups);
+        for (int i = 0; i < kAhead; ++i) x[i] = at(part + i * kGroups);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) add(x[i]);
       }
 #pragma unroll 1
-      for (; block < blocks; block += kGroups) add(at(block));
+      for (; part < count; part += kGroups) add(at(part));
     }
     for (int i = 0; i < 4; ++i) columns[group][4 * quarter + i] = total[i];
     __syncthreads();
@@ -601,12 +587,22 @@ __device__ inline void reduce_slot(const EmaTask &task, long long slot) {
   if (thread >= kWarp) return;
   double received = 0;
 #pragma unroll 8
-  for (int block = thread; block < task.blocks; block += kWarp)
-    received += task.partial_mass[block * cells + slot];
+  for (int part = thread; part < count; part += kWarp) received += task.partial_mass[place(part)];
   received = warp_sum(received);
   if (thread == 0) task.mass[slot] = static_cast<float>(received);
   __syncwarp();
-  if (task.usage) apply_slot(task, slot, thread);
+}
+
+__device__ inline void reduce_slot(const EmaTask &task, int slot) {
+  const long long cells = task.classes * task.slots;
+  if (task.keys) {
+    const SlotRuns runs(task, slot);
+    const long long first = 2 * runs.run + (runs.begins_inside ? 1 : 0);
+    if (!runs.complete) add_parts(task, slot, runs.count, first, 2 * runs.run + 2, 2);
+  } else {
+    add_parts(task, slot, task.blocks, slot, slot + cells, cells);
+  }
+  if (task.usage && threadIdx.x < kWarp) apply_slot(task, slot, threadIdx.x);
 }
 
 }  // namespace momkd
@@ -623,6 +619,16 @@ MOMKD_ROWS_KERNEL(ema_rows_float32_global_kernel, Float32, false)
 MOMKD_ROWS_KERNEL(ema_rows_float16_global_kernel, Float16, false)
 MOMKD_ROWS_KERNEL(ema_rows_bfloat16_global_kernel, BFloat16, false)
 #undef MOMKD_ROWS_KERNEL
+
+#define MOMKD_RUNS_KERNEL(name, Row)                            \
+  extern "C" __global__ void __launch_bounds__(momkd::kThreads) \
+      name(const __grid_constant__ momkd::EmaTask task) {       \
+    momkd::Run<momkd::Row>(task).walk();                        \
+  }
+MOMKD_RUNS_KERNEL(ema_runs_float32_kernel, Float32)
+MOMKD_RUNS_KERNEL(ema_runs_float16_kernel, Float16)
+MOMKD_RUNS_KERNEL(ema_runs_bfloat16_kernel, BFloat16)
+#undef MOMKD_RUNS_KERNEL
 
 extern "C" __global__ void ema_bank_kernel(const __grid_constant__ momkd::EmaTask task) {
   momkd::unit_slot(task, blockIdx.x, threadIdx.x);

@@ -129,6 +129,10 @@ def unfit(memory: Tensor, rows: Tensor | None = None) -> str:
             return f"takes a memory of at most {most} {what}, got {size}"
     if rows is not None and rows.dtype not in ROW_TYPES:
         return f"takes float32, float16 and bfloat16, got {str(rows.dtype).removeprefix('torch.')}"
+    if rows is not None and len(rows) >= 2**31:  # more than torch sorts
+        plan = kernels("ema_scatter_").plan(len(rows), *memory.shape, rows.element_size())
+        if plan.by_slot:
+            return f"takes fewer than 2**31 rows for a memory of {tuple(memory.shape)}, got {len(rows)}"
     return ""
 
 

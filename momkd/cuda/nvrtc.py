@@ -17,7 +17,7 @@ import torch
 
 from momkd import env
 
-HEADERS = ("cuda/rows.cuh",)
+HEADERS = ("cuda/ema_task.cuh", "cuda/ema_runs.cuh", "cuda/rows.cuh")
 OPTIONS = ("--std=c++17",)
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES

@@ -20,6 +20,9 @@ const struct {
     KERNEL(ema_rows_float32_global_kernel),
     KERNEL(ema_rows_float16_global_kernel),
     KERNEL(ema_rows_bfloat16_global_kernel),
+    KERNEL(ema_runs_float32_kernel),
+    KERNEL(ema_runs_float16_kernel),
+    KERNEL(ema_runs_bfloat16_kernel),
     KERNEL(ema_reduce_kernel),
     KERNEL(ema_apply_kernel),
 #undef KERNEL

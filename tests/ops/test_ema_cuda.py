@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from momkd import reference
+from momkd import cuda, reference
 from momkd.cuda import ema
 from tests import emulation
 from tests.compare import FORWARD, HALVES, assert_close
@@ -77,6 +78,9 @@ SHAPES = {
     "more bins than threads": (260, 9, 31, 12),
     "as many classes as may be": (330, 64, 3, 20),
     "the most slots and columns": (9, 1, 1024, 512),
+    "sorted by slot": (1100, 2, 130, 70),
+    "sorted by slot, slots in shared memory": (1100, 9, 31, 12),
+    "sorted by slot, most slots empty": (40, 33, 64, 8),
 }
 
 
@@ -93,14 +97,23 @@ def test_the_shapes_cover_the_plans() -> None:
     assert {p.in_shared for p in cut} == {True, False}
     assert {p.stages for p in cut} == {1, 2}
     assert {p.slot_lanes for p in cut} >= {1, 2, 4, 8, 16}
+    assert {(p.by_slot, p.in_shared) for p in cut} == {(True, True), (True, False), (False, True), (False, False)}
 
 
-@pytest.mark.parametrize(("c", "k", "s"), [(2, 16, 64), (3, 50, 9), (4, 40, 200)])
+@pytest.mark.parametrize(("c", "k", "s", "by_slot"), [(2, 16, 64, 0), (3, 50, 9, 0), (4, 40, 200, 0), (4, 40, 20, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_schedule_changes_a_bit(
-    emulator: emulation.Emulator, c: int, k: int, s: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    emulator: emulation.Emulator,
+    c: int,
+    k: int,
+    s: int,
+    by_slot: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ema, "BLOCKS", 3)
+    if by_slot:
+        monkeypatch.setattr(ema, "LONGEST", 0)
     memory, z, row_class = case(900, c, k, s, dtype)
     z[::7], z[3::50] = 0, torch.nan
     usage, weights = torch.rand(c, k), torch.rand(900)
@@ -111,7 +124,8 @@ def test_no_schedule_changes_a_bit(
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-    assert [name.split("_")[1] for name in emulator.started] == ["bank", "rows", "reduce"] * 4
+    kernels = ["bank", "rows", *["runs"] * by_slot, "reduce"]
+    assert [name.split("_")[1] for name in emulator.started] == kernels * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -174,6 +188,63 @@ def test_rows_that_begin_anywhere(emulator: emulation.Emulator, offset: int, col
     check(memory, wide[::2, offset : columns + offset], row_class)
 
 
+# --- rows sorted by slot
+
+
+@pytest.fixture
+def sorting(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Rows are sorted by slot for every memory of more than a few."""
+    monkeypatch.setattr(ema, "LONGEST", 0)
+    yield monkeypatch
+    assert any("runs" in name for name in emulator.started)
+
+
+@pytest.mark.parametrize("run", [1, 4, 7, 128])
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+def test_runs_of_any_length(sorting: pytest.MonkeyPatch, run: int, n: int) -> None:
+    """Slots that begin and end anywhere in a run, with it, or with the rows."""
+    sorting.setattr(ema, "RUN", run)
+    memory, z, row_class = case(n, 3, 14, 10)
+    row_class[0] = 1
+    check(memory, z, row_class, torch.rand(n))
+    check(memory[:, :1].expand(3, 14, 10).contiguous(), z, row_class)  # the first slot of each class takes all
+    check(memory, z, torch.zeros(n, dtype=torch.int64), torch.rand(n))
+    check(memory, z, torch.full((n,), -1))
+
+
+@pytest.mark.parametrize("columns", [1, 3, 5, 130, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_runs_of_any_width(sorting: pytest.MonkeyPatch, columns: int, dtype: torch.dtype) -> None:
+    sorting.setattr(ema, "RUN", 16)
+    check(*case(150, 3, 12, columns, dtype), weights=torch.rand(150))
+    wide = torch.randn(150, columns + 8).to(dtype)
+    check(case(1, 3, 12, columns)[0], wide[:, 1 : columns + 1], torch.randint(-1, 3, (150,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sorted_rows_of_any_size(sorting: pytest.MonkeyPatch, dtype: torch.dtype, normalize: bool) -> None:
+    """Also rows that bring nothing: they may not be told from others by their place alone."""
+    for power in (-44, -36, -20, -4, 4, 18, 36) if normalize else (-36, -20, -4, 4, 18, 36):
+        memory, z, row_class = case(60, 2, 20, 20)
+        z = (z.double() * 10.0**power).to(dtype)
+        if not z.isfinite().all():
+            continue
+        weights = torch.rand(60)
+        z[5], z[7, 3], z[9, 0], weights[11], weights[13], row_class[15] = 0, torch.nan, torch.inf, torch.nan, -1, 9
+        check(memory, z, row_class, weights, normalize)
+
+
+def test_long_sorted_sums_stay_accurate(sorting: pytest.MonkeyPatch) -> None:
+    """Small weights after a large one: in float32 a part of each would be lost."""
+    z = torch.rand(30_000, 1) + 1
+    weights = torch.where(torch.arange(30_000) == 0, 1000.0, 1e-3)
+    memory, row_class = torch.ones(1, 40, 1), torch.zeros(30_000).long()
+    sums, mass, _ = ema.ema_accumulate(memory, z, row_class, weights, False)
+    assert_close(sums[0, 0], (weights.double() * z[:, 0].double()).sum()[None], 1e-7)
+    assert_close(mass[0, :1], weights.double().sum()[None], 1e-7)
+
+
 # --- plans
 
 
@@ -199,7 +270,26 @@ def test_plans_fit(n: int, sizes: tuple[int, int, int], item: int) -> None:
     assert all(at % 16 == 0 for at in (cut.sums_at, cut.bank_at, cut.stage_at, cut.stage_bytes))
     assert cut.mass_at % 8 == cut.classes_at % 8 == cut.weights_at % 4 == 0
     partial = ema.workspace_bytes(cut, c, k, s)["partial_sums"]
-    assert partial <= max(ema.WORKSPACE, 4 * c * k * cut.sum_pitch)
+    assert partial <= max(ema.WORKSPACE, n * (ema.SORTED + 8 * cut.sum_pitch / cut.run_rows), 8 * cut.sum_pitch)
+    assert n == 0 or cut.by_slot or cut.block_rows <= max(ema.LONGEST, cut.tile_rows), "more than float32 adds up well"
+    assert cut.run_lanes * 4 >= cut.sum_pitch
+    assert ema.THREADS % cut.run_lanes == 0
+
+
+@pytest.mark.parametrize("sizes", [*LIMITS, (4, 130, 64), (3, 1024, 96), (2, 1024, 64)])
+def test_large_memories_leave_no_gpu_idle(sizes: tuple[int, int, int]) -> None:
+    for n in (100_000, 1_000_000):
+        for item in (2, 4):
+            cut = ema.plan(n, *sizes, item)
+            assert cut.blocks >= ema.FEW_BLOCKS
+            assert not cut.by_slot or cut.runs >= 780
+
+
+def test_more_rows_than_torch_sorts_are_refused() -> None:
+    memory, rows = (torch.empty(sizes, device="meta") for sizes in ((64, 1024, 16), (2**31, 16)))
+    assert "takes fewer than 2**31 rows for a memory of (64, 1024, 16)" in cuda.unfit(memory, rows)
+    assert cuda.unfit(memory, rows[1:]) == ""
+    assert cuda.unfit(memory[:2, :16].contiguous(), rows) == ""
 
 
 def test_the_plan_for_the_shape_it_is_for() -> None:
@@ -216,7 +306,8 @@ def test_both_sides_agree_on_the_task() -> None:
         pytest.skip("no C++ compiler")
     assert emulation.library().task_bytes() == ctypes.sizeof(ema.Task)
     assert emulation.library().state_bytes() == ema.STATE
-    assert set(ema.Plan._fields) - {"in_shared", "shared"} <= {name for name, *_ in ema.Task._fields_}
+    names = {name for name, *_ in ema.Task._fields_}
+    assert set(ema.Plan._fields) - {"in_shared", "shared", "by_slot", "runs"} <= names
 
 
 # --- what the tests above judge shows in kernels that are broken on purpose
