@@ -267,6 +267,10 @@ POOL = Candidates(
     half=(Tiles(64, 128), Tiles(64, 64, 4, 3), Tiles(32, 128, 4, 3), Tiles(128, 64, 8)),
     single=(Tiles(64, 64), Tiles(32, 64, 4, 3), Tiles(64, 64, 8)),
 )
+POOL_ONE_HEAD = Candidates(
+    half=(Tiles(32, 256), Tiles(16, 256), Tiles(32, 128), Tiles(32, 512, 8)),
+    single=(Tiles(32, 128), Tiles(16, 256), Tiles(32, 256, 8)),
+)
 POOL_BACKWARD = Candidates(  # with 4 warps, 64 rows that hold both gradients spill
     half=(Tiles(64, 128, 8), Tiles(32, 128, 4), Tiles(64, 64, 8, 3)),
     single=(Tiles(64, 64, 8), Tiles(32, 64, 4)),

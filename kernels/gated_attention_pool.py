@@ -290,7 +290,7 @@ def gated_attention_pool_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so."""
     x = rows_of(x)
-    _, d_scores = pool_backward(grad_pooled, x, scores, stats, offsets, pooled, (False, True))
+    _, d_scores = pool_backward(grad_pooled, x, scores, stats, offsets, (False, True))
     assert d_scores is not None
     if grad_scores is not None:
         d_scores += grad_scores
@@ -300,7 +300,7 @@ def gated_attention_pool_backward(
     tiles = GATE_BACKWARD.choose(_named("gate_gradient", gate), x, *_sizes(gate), run=run)
     d = run(tiles, d_x)
     if d_x is not None:
-        pool_backward(grad_pooled, x, scores, stats, offsets, pooled, (True, False), add_to=d_x)
+        pool_backward(grad_pooled, x, scores, stats, offsets, (True, False), add_to=d_x)
     branches = len(d.bias)
     d_weights = [None if d.packed is None else d.packed[i::branches] for i in range(branches)]
     found = (d_x, d_weights[0], d.bias[0], d_weights[-1], d.bias[-1], d.head, d_scores.sum(0))

@@ -262,7 +262,7 @@ def memory_guided_pool_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, values and temperature, each None where `needs` says so."""
     asked = needs[1], needs[0] or needs[2]
-    d_values, d_scores = pool_backward(grad, rows_of(values), attention, None, offsets, pooled, asked)
+    d_values, d_scores = pool_backward(grad, rows_of(values), attention, None, offsets, asked)
     if d_scores is None:
         return None, d_values, None
     z = rows_of(z)
