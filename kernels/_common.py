@@ -162,16 +162,22 @@ def dropout_words(seed, rows, first_column, BLOCK: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def spread(weights, per_bag, HEADS_PADDED: tl.constexpr, PRECISION: tl.constexpr):
-    """weights (BLOCK, HP) times per_bag (HP, COLS) -> (BLOCK, COLS) float32."""
+    """weights (BLOCK, HP) times per_bag (HP, COLS) -> (BLOCK, COLS) float32.
+
+    Normalised weights of a large bag are too small for float16, so both factors are float32 (tf32 for half precision).
+    """
     if HEADS_PADDED == 1:
         return weights * per_bag.to(tl.float32)
     else:
-        return product(weights.to(per_bag.dtype), per_bag, PRECISION)
+        return product(weights, per_bag.to(tl.float32), PRECISION)
 
 
 @triton.jit
 def gather(weights, rows, HEADS_PADDED: tl.constexpr, PRECISION: tl.constexpr):
-    """weights (BLOCK, HP) transposed times rows (BLOCK, COLS) -> (HP, COLS) float32."""
+    """weights (BLOCK, HP) transposed times rows (BLOCK, COLS) -> (HP, COLS) float32.
+
+    Weights are rounded to the type of the rows: the largest of a head should be about 1, as in the softmax of a tile.
+    """
     if HEADS_PADDED == 1:
         return tl.sum(weights * rows.to(tl.float32), 0)[None, :]
     else:

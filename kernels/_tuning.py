@@ -68,6 +68,8 @@ class Tiles(NamedTuple):
     def fitted(self, chip: str, dtype: torch.dtype, width: int, heads: int, align: int) -> Tiles:
         """For rows of this width that begin at multiples of `align`; not wider than the rows need."""
         most = self.columns if align * dtype.itemsize >= 8 else min(self.columns, 32)  # value by value would spill
+        if heads > 1 and align * dtype.itemsize < 16 and chip not in ROOMY:
+            most = min(most, 64)  # 128 would spill, by Triton 3.4
         return self._replace(columns=at_most(most, width))
 
 

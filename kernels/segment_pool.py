@@ -1,12 +1,11 @@
 """What every pooling op does after its tiles: combine them to bags, and the backward of softmax and weighted sum.
 
-out[b, h] = Σ_i α_ih v_i with α = exp(s − max) / Σ. A tile gives its own maximum, Σ exp and Σ exp · v; combining scales
-these to the maximum of the bag. Backward: ds_ih = α_ih (g_bh · v_i − Σ_j α_jh g_bh · v_j), dv_i = Σ_h α_ih g_bh.
+out[b, h] = Σ_i α_ih v_i with α = exp(s − max) / Σ. Backward: ds_ih = α_ih (g_bh · v_i − Σ_j α_jh g_bh · v_j),
+dv_i = Σ_h α_ih g_bh.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from momkd.kernels._combine import combine
 from momkd.kernels._common import (
-    INF,
     alignment,
     launch,
     locate_tile,
@@ -31,55 +30,7 @@ from momkd.kernels._common import (
 )
 from momkd.kernels._tuning import POOL_BACKWARD, Tiles
 
-
-@triton.jit(launch_metadata=work("partial", lambda a: 2 * a.partial.numel()))
-def combine_kernel(
-    partial,  # (T, H, L) float32
-    partial_stats,  # (T, H, 2) float32
-    offsets,
-    pooled,  # (B, H, L)
-    stats,  # (B, H, 2) float32
-    L,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    L = multiple(L, ALIGN)
-    bag, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    begin, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    tiles = (end - begin + BLOCK - 1) // BLOCK
-    origin = (begin // BLOCK + bag).to(tl.int64)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-
-    top = -INF
-    total = 0.0
-    summed = tl.zeros([COLUMNS], tl.float32)
-    for start in range(0, tiles, TILES):
-        tile = start + tl.arange(0, TILES)
-        there = tile < tiles
-        slot = (origin + tile) * HEADS + head
-        tile_total = tl.load(partial_stats + 2 * slot + 1, there, 0.0)
-        # A tile whose scores are all −inf says 0 for its maximum; it must not raise that of the bag.
-        tile_top = tl.load(partial_stats + 2 * slot, there, -INF)
-        tile_top = tl.where(tile_total == 0, -INF, tile_top)
-        new_top = tl.maximum(top, tl.max(tile_top, 0))
-        safe = tl.where(new_top == -INF, 0.0, new_top)
-        scale = tl.exp(tile_top - safe)  # (TILES,)
-        kept = tl.exp(top - safe)
-        rows = tl.load(
-            partial + slot[:, None] * L + columns[None, :], there[:, None] & (columns < L)[None, :], 0.0
-        )  # (TILES, COLS)
-        summed = summed * kept + tl.sum(scale[:, None] * rows, 0)
-        total = total * kept + tl.sum(scale * tile_total, 0)
-        top = new_top
-    result = tl.where(total == 0, 0.0, summed / tl.where(total == 0, 1.0, total))
-    at = bag * HEADS + head
-    tl.store(pooled + at * L + columns, result.to(pooled.dtype.element_ty), columns < L)
-    if tl.program_id(1) == 0:
-        tl.store(stats + 2 * at, tl.where(top == -INF, 0.0, top))
-        tl.store(stats + 2 * at + 1, total)
+__all__ = ["combine", "pool_backward"]
 
 
 def _backward_operations(a: Any) -> float:
@@ -218,30 +169,6 @@ def score_gradient_kernel(
     target = d_scores + rows[:, None] * HEADS + heads[None, :]
     known = tl.load(inner + at, heads < HEADS, 0.0)
     tl.store(target, alpha * (tl.load(target, both, 0.0) - known[None, :]), both)
-
-
-def combine(parts: Tensor, part_stats: Tensor, offsets: Tensor, like: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """Partials of tiles (T, H, L), (T, H, 2) -> pooled (B, H, L) in the dtype of `like`, stats (B, H, 2)."""
-    bags, (_, heads, width) = offsets.shape[0] - 1, parts.shape
-    pooled, stats = like.new_empty(bags, heads, width), parts.new_empty(bags, heads, 2)
-    columns = min(256, max(16, triton.next_power_of_2(width)))
-    grid = (bags, triton.cdiv(width, columns), heads)
-    launch(
-        combine_kernel,
-        grid,
-        parts,
-        part_stats,
-        offsets,
-        pooled,
-        stats,
-        width,
-        HEADS=heads,
-        BLOCK=tiles.rows,
-        TILES=16,
-        COLUMNS=columns,
-        ALIGN=math.gcd(16, width),
-    )
-    return pooled, stats
 
 
 def pool_backward(

@@ -36,12 +36,18 @@ def start(module: ModuleType, case: Case) -> None:
     _START[case.op](module, case.dtype, **case.sizes)
 
 
-def _offsets() -> Tensor:
-    return torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+def _offsets(more: int = 0) -> Tensor:
+    """Of the bags; the last has so many rows more."""
+    return torch.tensor([0, *LENGTHS[:-1], LENGTHS[-1] + more], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def _attention_pool(kernels: ModuleType, dtype: torch.dtype, L: int, H: int, frozen: bool = False) -> None:
-    values, scores, offsets = torch.zeros(ROWS, L, dtype=dtype), torch.zeros(ROWS, H, dtype=dtype), _offsets()
+def _attention_pool(
+    kernels: ModuleType, dtype: torch.dtype, L: int, H: int, frozen: bool = False, giant: bool = False
+) -> None:
+    """giant: so many rows that their tiles are combined in groups."""
+    more = 256 * 128 if giant else 0
+    rows, offsets = ROWS + more, _offsets(more)
+    values, scores = torch.zeros(rows, L, dtype=dtype), torch.zeros(rows, H, dtype=dtype)
     pooled, stats = kernels.attention_pool(values, scores, offsets)
     grad = torch.zeros_like(pooled)
     kernels.attention_pool_backward(grad, values, scores, offsets, pooled, stats, (not frozen, True))
@@ -137,6 +143,7 @@ CASES: tuple[Case, ...] = (
     Case("attention_pool", SINGLE, {"L": 1024, "H": 4}, default=True),
     Case("attention_pool", SINGLE, {"L": 500, "H": 4}),
     Case("attention_pool", HALF, {"L": 1024, "H": 1, "frozen": True}),
+    Case("attention_pool", HALF, {"L": 1024, "H": 4, "giant": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1, "dropout": True, "frozen": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1536, "D": 512, "H": 4}, default=True),

@@ -12,7 +12,7 @@ from torch import Tensor
 from momkd import dispatch, reference
 from momkd import functional as F
 from momkd.reference.gated_attention_pool import GateParameters
-from tests.compare import FORWARD, GRADIENT, assert_close, offsets_of, sparse
+from tests.compare import FORWARD, GRADIENT, assert_close, offsets_of, relative, sparse
 
 able, reason = dispatch.can_run("attention_pool", "triton", (torch.zeros(1),))
 pytestmark = [
@@ -188,6 +188,48 @@ def test_a_bad_row_of_guided_pooling_leaves_other_bags_alone(bad: float, branch:
         assert torch.equal(got[0][others], clean[0][others])
         assert all(torch.equal(a[others[bag]], b[others[bag]]) for a, b in zip(got[1:], clean[1:], strict=True))
         assert not got[0][~others].isfinite().all()
+
+
+# -- small weights in float16 --------------------------------------------------------------------------------------
+
+
+def assert_as_rounded(got: Tensor, want: Tensor) -> None:
+    """The error is at most twice that of rounding the exact result to the type of `got`."""
+    assert relative(got, want) <= 2 * relative(want.to(got.dtype), want)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 17])
+def test_small_weights_keep_their_digits_in_float16(heads: int) -> None:
+    """The first row has most of the weight, others about 1e-6, as in a bag of a million: float16 has 17 values there.
+
+    The gradient is as large as a scaler makes it.
+    """
+    torch.manual_seed(0)
+    scores, offsets = torch.randn(201, heads), offsets_of((201,))
+    scores[0] = math.log(1e6)
+    values, grad = torch.randn(201, 40).half(), (1000 * torch.randn(1, heads, 40)).half()
+    results = []
+    for as_type in (lambda t: t, Tensor.double):
+        leaf = as_type(values).clone().requires_grad_()
+        backend = "triton" if leaf.dtype == torch.float16 else "torch"
+        pooled = F.attention_pool(leaf, as_type(scores), offsets, backend=backend)
+        results.append(torch.autograd.grad(pooled, leaf, as_type(grad))[0])
+    got, want = results
+    assert_as_rounded(got[1:], want[1:])
+
+
+def test_small_weights_of_guided_pooling_keep_their_digits_in_float16() -> None:
+    """Three rows lie on the prototype of a class each, and have its weight; the others are nearly apart from all."""
+    torch.manual_seed(0)
+    memory = torch.eye(8)[:3, None].contiguous()
+    z = torch.cat([torch.eye(8)[:3], 0.01 * torch.eye(8)[:3].repeat(66, 1) + torch.eye(8)[7]]).half()
+    values, grad = torch.randn(201, 40).half(), (1000 * torch.randn(1, 3, 40)).half()
+    leaf, offsets = values.clone().requires_grad_(), offsets_of((201,))
+    pooled, attention, _ = F.memory_guided_pool(z, leaf, memory, offsets, 0.07, branch="per_class", backend="triton")
+    assert attention[3:].max() < 1e-5
+    got = torch.autograd.grad(pooled, leaf, grad)[0]
+    want = torch.einsum("ih,hl->il", attention.double(), grad[0].double())
+    assert_as_rounded(got[3:], want[3:])
 
 
 # -- float32 products --------------------------------------------------------------------------------------------
