@@ -6,11 +6,12 @@ torch's headers, so the build environment is setuptools, pybind11 and ninja.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME; MOMKD_NO_EXT=1 (pure Python); MOMKD_NO_CUDA=1 (no `_cuda`);
 MOMKD_REQUIRE_CUDA=1 (fail rather than go without `_cuda`); MOMKD_CUDA_ARCHS ("80;90;100"); MOMKD_SANITIZE
-("address,undefined": `_C` with these sanitizers of the compiler, in a build folder of its own).
+("address,undefined": `_C` with these sanitizers of the compiler, in a build folder of its own, and no `_cuda`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("MOMKD_SANITIZE", "").strip()
@@ -61,10 +63,14 @@ class Toolchain:
     """The C++ compiler and what it can do; leaves with one clear paragraph where it can't build an extension."""
 
     def __init__(self) -> None:
+        for package in ("ninja", "pybind11"):
+            if importlib.util.find_spec(package) is None:
+                give_up(f"the package {package} is missing; run: pip install ninja pybind11")
         named = os.environ.get("CXX", "").strip()
         candidates = [named] if named else ["c++", "g++", "clang++"]
         commands = [shlex.split(c) for c in candidates]
         self.cxx = next((c for c in commands if shutil.which(c[0])), [])
+        self.named = self.cxx if named else []
         if not self.cxx:
             what = f"CXX is {named!r}, which is not there" if named else "none of c++, g++ and clang++ is on PATH"
             give_up(f"a C++17 compiler is missing ({what}); install one, for instance by `apt install g++`")
@@ -114,15 +120,27 @@ def cuda_archs(nvcc: str) -> list[str]:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
         known = re.findall(r"compute_(\d+)", listed)
         archs = [a for a in archs if not known or a in known] or known[-1:]
-    if not all(re.fullmatch(r"\d+[af]?", a) for a in archs):
+    if not all(re.fullmatch(r"\d+", a) for a in archs):  # 90a and 100f would run on those GPUs alone
         raise SystemExit(f"momkd: MOMKD_CUDA_ARCHS={asked!r}: expected numbers such as '80;90;100'")
-    return archs
+    return sorted(set(archs), key=int)
 
 
 def gencode(archs: list[str]) -> list[str]:
     """Machine code for each architecture, and PTX of the last for those that come after it."""
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def for_host_compiler(flags: list[str]) -> list[str]:
+    """The flags as nvcc hands them on; it takes a comma for the end of one."""
+    return ["-Xcompiler=" + flag.replace(",", "\\,") for flag in flags]
+
+
+def host_compiler(cxx: list[str]) -> list[str]:
+    """nvcc's flags for the compiler that CXX names, which may stand behind a launcher such as ccache."""
+    programs = [word for word in cxx if not word.startswith("-")]
+    flags = [word for word in cxx if word.startswith("-")]
+    return ["-ccbin", programs[-1], *for_host_compiler(flags)] if programs else []
 
 
 def staged_pybind11() -> Path:
@@ -185,10 +203,11 @@ def write_ninja(tools: Toolchain, version: str, nvcc: str | None) -> None:
     if nvcc:
         # nvcc's own driver links: it knows where the static runtime lies.
         hidden = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static", "--threads=0"]
-        n.variable("nvcc", words([nvcc]))
+        n.variable("nvcc", words([nvcc, *host_compiler(tools.named)]))
         n.variable("nvccflags", words([*hidden, *gencode(cuda_archs(nvcc)), f"-I{ROOT / 'csrc'}"]))
         n.rule("cuda", "$nvcc $nvccflags -MMD -MF $out.d -c $in -o $out", description="CUDA $out", **depfile)
-        n.rule("link_cuda", "$nvcc -shared -cudart=static $in -o $out", description="link $out")
+        n.variable("nvccldflags", words(for_host_compiler(environment["LDFLAGS"])))
+        n.rule("link_cuda", "$nvcc -shared -cudart=static $in $nvccldflags -o $out", description="link $out")
         objects = []
         for source in CUDA_SOURCES:
             if source.endswith(".cpp"):
@@ -220,9 +239,11 @@ class NinjaBuild(build_ext):
 
     def build_extensions(self) -> None:
         tools = Toolchain()
-        nvcc = None if flag("MOMKD_NO_CUDA") else find_nvcc()
+        nvcc = None if flag("MOMKD_NO_CUDA") or SANITIZE else find_nvcc()
         if not nvcc and flag("MOMKD_REQUIRE_CUDA"):
-            raise SystemExit("momkd: MOMKD_REQUIRE_CUDA is set, but there is no nvcc on PATH or in CUDA_HOME/bin")
+            without = next((name for name in ("MOMKD_NO_CUDA", "MOMKD_SANITIZE") if flag(name)), "")
+            reason = f"{without} leaves momkd._cuda out" if without else "there is no nvcc on PATH or in CUDA_HOME/bin"
+            raise SystemExit(f"momkd: MOMKD_REQUIRE_CUDA is set, but {reason}")
         BUILD.mkdir(parents=True, exist_ok=True)
         write_ninja(tools, self.distribution.get_version(), nvcc)
         wanted = [f"_C{SUFFIX}", *([f"_cuda{SUFFIX}"] if nvcc else [])]
@@ -249,7 +270,9 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(".unfinished")
-        shutil.copy2(BUILD / f"{name.rpartition('.')[2]}{SUFFIX}", unfinished)
+        # Without its time: setuptools takes a module over only if it is newer than the one of the build before, which
+        # may have had other flags.
+        shutil.copy(BUILD / f"{name.rpartition('.')[2]}{SUFFIX}", unfinished)
         os.replace(unfinished, target)
 
     def discard(self, extension: Extension) -> None:
@@ -260,6 +283,16 @@ class NinjaBuild(build_ext):
             Path(in_source).unlink(missing_ok=True)
 
 
+class FreshBuildPy(build_py):
+    """build_py into an empty folder: build/lib holds modules that were deleted since, and they would be packed."""
+
+    def run(self) -> None:
+        folder = Path(self.build_lib).resolve()
+        if not self.editable_mode and folder != ROOT:
+            shutil.rmtree(folder / "momkd", ignore_errors=True)
+        super().run()
+
+
 extensions = [Extension("momkd._C", CPU_SOURCES + ISA_SOURCES), Extension("momkd._cuda", CUDA_SOURCES, optional=True)]
 
 setup(
@@ -268,5 +301,5 @@ setup(
     package_dir={"momkd": "momkd", "momkd.kernels": "kernels", "momkd.csrc.cuda": "csrc/cuda"},
     package_data={"momkd.csrc.cuda": ["*.cuh"]},  # for NVRTC
     ext_modules=[] if flag("MOMKD_NO_EXT") else extensions,
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuildPy},
 )

@@ -3,6 +3,8 @@
 MOMKD_BACKEND: the backend for every op that has it, instead of the best that can run: triton, cuda, native or torch.
     An op without that backend keeps its own choice (`momkd doctor` shows it); an op that has it but cannot run it here
     raises with the reason.
+MOMKD_ISA: the instruction set of the native CPU kernels, instead of the best that this processor has: baseline, avx2 or
+    avx512, as far as they were compiled. Read when the kernels are first used; for tests and measurements.
 MOMKD_TUNE: with 1, Triton kernels time a few ways to cut their work at their first use in a shape (`momkd.tune`).
 MOMKD_GATE_MEMORY: bytes that a call of the gate may keep for its backward (`momkd.gate_memory`); 0 keeps nothing.
 MOMKD_CACHE_DIR: the folder of what was found so and of kernels compiled by NVRTC, by default ~/.cache/momkd.
@@ -27,6 +29,11 @@ from momkd.errors import InputError
 def backend_override() -> str | None:
     """MOMKD_BACKEND, or None when unset or empty."""
     return os.environ.get("MOMKD_BACKEND", "").strip().lower() or None
+
+
+def instruction_set() -> str | None:
+    """Return MOMKD_ISA, or None when unset or empty."""
+    return os.environ.get("MOMKD_ISA", "").strip().lower() or None
 
 
 def triton_interpreted() -> bool:

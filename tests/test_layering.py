@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(SIDE, GROUND | SIDE),
     "reference": GROUND,
     "kernels": GROUND | {"reference"},  # definitions: parameter tuples, the levels of dropout
-    "native": GROUND | {"_C", "reference"},  # definitions, as the kernels
+    "native": GROUND | {"env", "_C", "reference"},  # definitions, as the kernels
     "cuda": GROUND | {"env", "_cuda"},
     "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},

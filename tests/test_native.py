@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from momkd import native
+from momkd.errors import InputError
+
 _C = pytest.importorskip("momkd._C", reason="momkd._C is not built: install momkd with a C++ compiler")
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
@@ -143,6 +146,32 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     _C.use_isa(before)
+
+
+@pytest.mark.parametrize("name", ["baseline", "AVX2", "avx512", ""])
+def test_an_instruction_set_by_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = _C.build_info()["isa"]
+    monkeypatch.setenv("MOMKD_ISA", name)
+    monkeypatch.setattr(native, "extension", native.extension.__wrapped__)  # as at the first use in a process
+    try:
+        _C.use_isa(name.lower() or best)
+    except ValueError:
+        with pytest.raises(InputError, match=f"MOMKD_ISA: .* has no {name.lower()}; unset it or correct it"):
+            native.can_run("attention_pool")
+        return
+    _C.use_isa(best)
+    try:
+        assert native.can_run("attention_pool")[0]
+        assert _C.build_info()["isa"] == (name.lower() or best)
+    finally:
+        _C.use_isa(best)
+
+
+def test_an_instruction_set_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOMKD_ISA", "sse9")
+    monkeypatch.setattr(native, "extension", native.extension.__wrapped__)
+    with pytest.raises(InputError, match="MOMKD_ISA: expected baseline, avx2 or avx512, got sse9; unset it"):
+        native.can_run("attention_pool")
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, 6, 7, 15, 16, 17, 5000])

@@ -131,28 +131,108 @@ def test_a_missing_compiler_is_said_in_one_paragraph(tree: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_failing_nvcc_leaves_the_cpu_module(tree: Path, tmp_path: Path) -> None:
-    """Also: MOMKD_REQUIRE_CUDA makes it an error. The C++ compiler is a stand-in, to be quick."""
-    pytest.importorskip("ninja", reason="setup.py needs ninja: pip install -e '.[test]'")
-    pytest.importorskip("pybind11", reason="setup.py needs pybind11: pip install -e '.[test]'")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    # Writes its output and an empty depfile, whatever it is asked.
-    (tools / "cxx").write_text(
-        '#!/bin/sh\nwhile [ $# -gt 0 ]; do\n  [ "$1" = -MF ] && : > "$2"\n'
-        '  [ "$1" = -o ] && echo built > "$2"\n  shift\ndone\n'
+@pytest.mark.parametrize("package", ["ninja", "pybind11"])
+def test_a_missing_build_requirement_is_said_in_one_paragraph(tree: Path, package: str) -> None:
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['setup.py', 'build_ext', '--inplace']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
     )
+    done = python("-c", code, cwd=tree, MOMKD_NO_CUDA="1")
+    assert done.returncode != 0
+    assert f"the package {package} is missing; run: pip install ninja pybind11" in done.stderr
+    assert "MOMKD_NO_EXT=1 pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with a C++ compiler and an nvcc that do nothing but write down how they were called, to be quick."""
+    for module in ("ninja", "pybind11"):
+        pytest.importorskip(module, reason=f"setup.py needs {module}: pip install -e '.[test]'")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("cxx", "nvcc"):  # an output and an empty depfile, whatever is asked
+        (folder / name).write_text(
+            f'#!/bin/sh\necho "$*" >> {folder}/{name}.log\n[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0\n'
+            'all="$*"\nwhile [ $# -gt 0 ]; do\n  [ "$1" = -MF ] && : > "$2"\n'
+            '  [ "$1" = -o ] && echo "$all" > "$2"\n  shift\ndone\n'
+        )
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def build(tree: Path, tools: Path, **variables: str) -> str:
+    variables = {"CXX": str(tools / "cxx"), "CUDA_HOME": str(tools.parent), **variables}
+    return run("setup.py", "build_ext", "--inplace", cwd=tree, **variables)
+
+
+def built(tree: Path) -> dict[str, str]:
+    """The modules in place, and the calls that linked them."""
+    return {file.name.partition(".")[0]: file.read_text() for file in (tree / "momkd").glob("*.so")}
+
+
+def test_a_failing_nvcc_leaves_the_cpu_module(tree: Path, tools: Path) -> None:
+    """Also: MOMKD_REQUIRE_CUDA makes it an error."""
     (tools / "nvcc").write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 && exit 0\nexit 1\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    variables = {"CXX": str(tools / "cxx"), "CUDA_HOME": str(tmp_path)}
     (tree / "momkd" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("of an earlier build")
-    output = run("setup.py", "build_ext", "--inplace", cwd=tree, **variables)
+    output = build(tree, tools)
     assert "WARNING: momkd: nvcc could not build momkd._cuda" in output
-    assert [f.name.partition(".")[0] for f in (tree / "momkd").glob("*.so")] == ["_C"]
-    done = python("setup.py", "build_ext", "--inplace", cwd=tree, MOMKD_REQUIRE_CUDA="1", **variables)
+    assert set(built(tree)) == {"_C"}
+    variables = {"CXX": str(tools / "cxx"), "CUDA_HOME": str(tools.parent), "MOMKD_REQUIRE_CUDA": "1"}
+    done = python("setup.py", "build_ext", "--inplace", cwd=tree, **variables)
     assert done.returncode != 0
     assert "momkd._cuda can't be built" in done.stderr
+
+
+def test_a_build_after_a_sanitized_one_is_an_ordinary_one(tree: Path, tools: Path) -> None:
+    """Also: sanitizers leave CUDA out, and say so where it is required."""
+    build(tree, tools)
+    assert set(built(tree)) == {"_C", "_cuda"}
+    assert "-fsanitize=address" not in built(tree)["_C"]
+    (tools / "nvcc.log").unlink()
+    build(tree, tools, MOMKD_SANITIZE="address")
+    assert set(built(tree)) == {"_C"}
+    assert "-fsanitize=address" in built(tree)["_C"]
+    assert not (tools / "nvcc.log").exists()
+    build(tree, tools)
+    assert set(built(tree)) == {"_C", "_cuda"}
+    assert "-fsanitize=address" not in built(tree)["_C"]
+    required = {"MOMKD_SANITIZE": "address", "MOMKD_REQUIRE_CUDA": "1", "CXX": str(tools / "cxx")}
+    done = python("setup.py", "build_ext", "--inplace", cwd=tree, **required)
+    assert "MOMKD_REQUIRE_CUDA is set, but MOMKD_SANITIZE leaves momkd._cuda out" in done.stderr
+
+
+def test_nvcc_takes_the_compiler_and_the_flags_of_the_linker(tree: Path, tools: Path) -> None:
+    build(tree, tools, CXX=f"{tools / 'cxx'} -m64", LDFLAGS="-Wl,-rpath,/opt/lib -L/opt/lib")
+    calls = [line for line in (tools / "nvcc.log").read_text().splitlines() if "--list-gpu-arch" not in line]
+    assert len(calls) == 2
+    for call in calls:
+        assert f"-ccbin {tools / 'cxx'} -Xcompiler=-m64" in call
+    assert "-Xcompiler=-Wl\\,-rpath\\,/opt/lib -Xcompiler=-L/opt/lib" in built(tree)["_cuda"]
+    assert "-Wl,-rpath,/opt/lib -L/opt/lib" in built(tree)["_C"]
+
+
+def test_the_highest_architecture_is_the_one_for_later_gpus(tree: Path, tools: Path) -> None:
+    """In whatever order they are named: `momkd.cuda` counts on it."""
+    build(tree, tools, MOMKD_CUDA_ARCHS="100;80 80,9.0")
+    codes = re.findall(r"-gencode=arch=(\w+),code=(\w+)", (tools / "nvcc.log").read_text().splitlines()[0])
+    assert codes == [(f"compute_{a}", f"sm_{a}") for a in (80, 90, 100)] + [("compute_100", "compute_100")]
+    done = python("setup.py", "build_ext", "--inplace", cwd=tree, CUDA_HOME=str(tools.parent), MOMKD_CUDA_ARCHS="90a")
+    assert "MOMKD_CUDA_ARCHS='90a': expected numbers such as '80;90;100'" in done.stderr
+
+
+def test_a_deleted_module_is_not_packed_again(tree: Path) -> None:
+    def packed() -> set[str]:
+        run("setup.py", "-q", "build", cwd=tree, MOMKD_NO_EXT="1")
+        (folder,) = (tree / "build").glob("lib*")
+        return {file.relative_to(folder).as_posix() for file in folder.rglob("*.py")}
+
+    assert {"momkd/demo.py", "momkd/kernels/_common.py"} <= packed()
+    (tree / "momkd" / "demo.py").unlink()
+    (tree / "kernels" / "_common.py").unlink()
+    (tree / "momkd" / "kernels" / "_common.py").unlink(missing_ok=True)  # a link to it in a checkout, a copy here
+    assert not {"momkd/demo.py", "momkd/kernels/_common.py"} & packed()
+    assert "momkd/__init__.py" in packed()
 
 
 @pytest.mark.slow

@@ -92,10 +92,6 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     """Return whether the CUDA kernels take these tensors: the memory (C, K, S), then the rows or sums, then others."""
     tensors = [t for t in args if t is not None]
@@ -111,7 +107,8 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no GPU that torch can use"
     try:
-        capability = _capability(_index(tensors[0].device if tensors else torch.device("cuda")))
+        index = tensors[0].device.index if tensors else None
+        capability = torch.cuda.get_device_capability() if index is None else _capability(index)
     except RuntimeError as error:
         return False, f"no GPU can be used: {' '.join(str(error).split())}"
     if capability < _LEAST_CAPABILITY:
@@ -140,7 +137,7 @@ def start(name: str, task: bytes, blocks: int, threads: int, shared: int, device
     """Start a kernel of csrc/cuda on torch's current stream of the device. An error of CUDA is a RuntimeError."""
     if blocks == 0:
         return
-    index = _index(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
     module, reason = launcher(_capability(index))
     if module is None:
         raise RuntimeError(f"{name}: {reason}")

@@ -11,16 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from momkd import env
+from momkd.errors import InputError
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @cache
 def extension() -> tuple[Any, str]:
-    """The module `momkd._C`, or None and why it is not there."""
+    """Return the module `momkd._C`, or None and why it is not there.
+
+    Raises:
+        InputError: MOMKD_ISA names an instruction set that this build or this processor lacks.
+    """
     try:
-        return importlib.import_module("momkd._C"), "built"
+        module = importlib.import_module("momkd._C")
     except ImportError as error:
         return None, f"the extension momkd._C is not installed ({error}); reinstall with a C++ compiler"
+    if isa := env.instruction_set():
+        try:
+            module.use_isa(isa)
+        except ValueError as error:
+            raise InputError(f"MOMKD_ISA: {str(error).removeprefix('isa: ')}; unset it or correct it") from error
+    return module, "built"
 
 
 _MODULES = {
