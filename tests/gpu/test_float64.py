@@ -11,7 +11,7 @@ import torch
 from tests.gpu import cases
 from tests.gpu.cases import Case, Inputs
 from tests.gpu.check import cotangents, gradients, leaves, wrong
-from tests.gpu.device import BATCHES, DEVICE, DTYPES, MIXED, SEEDS, name_of, on_gpu, smaller
+from tests.gpu.device import BATCHES, DEVICE, DTYPES, MIXED, SEEDS, fitting, name_of, on_gpu, smaller
 
 pytestmark = on_gpu
 
@@ -48,7 +48,7 @@ def test_values_and_gradients(op: str, dtype: torch.dtype) -> None:
     found = []
     for name, lengths in BATCHES.items():
         for seed in SEEDS:
-            case = OPS[op](Inputs(lengths, dtype, DEVICE, seed), backend="triton")
+            case = OPS[op](Inputs(fitting(op, lengths), dtype, DEVICE, seed), backend="triton")
             found += [f"{name}, seed {seed}, {line}" for line in wrong(case, dtype, seed=seed)]
     assert not found, "\n".join(found)
 
@@ -73,14 +73,14 @@ LIMITS: dict[str, Callable[..., Case]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("op", LIMITS)
 def test_limits(op: str, dtype: torch.dtype) -> None:
-    found = wrong(LIMITS[op](Inputs(MIXED, dtype, DEVICE), backend="triton"), dtype)
+    found = wrong(LIMITS[op](Inputs(fitting(op, MIXED), dtype, DEVICE), backend="triton"), dtype)
     assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("op", [op for op in OPS if "odd" not in op])
 def test_the_same_bits_each_time(op: str, dtype: torch.dtype) -> None:
-    case = OPS[op](Inputs(MIXED, dtype, DEVICE), backend="triton")
+    case = OPS[op](Inputs(fitting(op, MIXED), dtype, DEVICE), backend="triton")
 
     def results() -> list[torch.Tensor]:
         given = leaves(case)

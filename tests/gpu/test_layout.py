@@ -19,7 +19,7 @@ from tests.compare import FORWARD, assert_close, assert_half, cosine, offsets_of
 from tests.gpu import cases
 from tests.gpu.cases import Case, Inputs, Outputs
 from tests.gpu.check import cotangents, wrong
-from tests.gpu.device import DEVICE, HALF_AND_SINGLE, MIXED, REHEARSING, name_of, on_gpu, smaller
+from tests.gpu.device import DEVICE, HALF_AND_SINGLE, MIXED, REHEARSING, fitting, name_of, on_gpu, smaller
 
 pytestmark = on_gpu
 
@@ -71,7 +71,7 @@ def sliced(case: Case, layout: str) -> Case:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_slices_of_larger_tensors(op: str, layout: str, dtype: torch.dtype) -> None:
-    found = wrong(sliced(OPS[op](Inputs(MIXED, dtype, DEVICE), backend="triton"), layout), dtype)
+    found = wrong(sliced(OPS[op](Inputs(fitting(op, MIXED), dtype, DEVICE), backend="triton"), layout), dtype)
     assert not found, "\n".join(found)
 
 

@@ -17,7 +17,7 @@ from tests.compare import FORWARD, GRADIENT, HALVES, assert_close
 from tests.gpu import cases
 from tests.gpu.cases import Case, Inputs, Outputs
 from tests.gpu.check import cotangents, gradients, leaves, wrong
-from tests.gpu.device import DEVICE, MIXED, REHEARSING, about_cuda, name_of, on_gpu, smaller
+from tests.gpu.device import DEVICE, MIXED, REHEARSING, about_cuda, fitting, name_of, on_gpu, smaller
 
 pytestmark = on_gpu
 
@@ -44,7 +44,7 @@ def between(form: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiled_by_inductor(op: str) -> None:
-    case = OPS[op](Inputs(MIXED, torch.float32, DEVICE))
+    case = OPS[op](Inputs(fitting(op, MIXED), torch.float32, DEVICE))
     torch._dynamo.reset()
     compiled = torch.compile(between(case.call), fullgraph=True)
     case = case._replace(call=compiled, exact=between(case.exact), plain=between(case.plain))
@@ -69,7 +69,7 @@ def test_compiled_for_any_number_of_rows() -> None:
 @pytest.mark.parametrize("op", ["gated_attention_pool", "graph_attention"])
 def test_autocast(op: str, dtype: torch.dtype) -> None:
     """Inputs of float32 are computed with in half precision, and gradients come back in float32."""
-    case = OPS[op](Inputs(MIXED, torch.float32, DEVICE), backend="triton")
+    case = OPS[op](Inputs(fitting(op, MIXED), torch.float32, DEVICE), backend="triton")
     call = case.call
 
     def cast(*given: Tensor) -> Outputs:
@@ -88,7 +88,7 @@ def test_autocast(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_captured_and_replayed(op: str) -> None:
     """Forward and backward as one CUDA graph, replayed on other values."""
-    case = OPS[op](Inputs(MIXED, torch.bfloat16, DEVICE), backend="triton")
+    case = OPS[op](Inputs(fitting(op, MIXED), torch.bfloat16, DEVICE), backend="triton")
     mine = leaves(case)
     grads = [g.to(torch.bfloat16).double() for g in cotangents(case.call(*mine), case.differentiable)]
     side = torch.cuda.Stream()
@@ -103,7 +103,7 @@ def test_captured_and_replayed(op: str) -> None:
         out = case.call(*mine)
         got = gradients(out, mine, grads)
     for seed in (1, 2):
-        other = OPS[op](Inputs(MIXED, torch.bfloat16, DEVICE, seed))
+        other = OPS[op](Inputs(fitting(op, MIXED), torch.bfloat16, DEVICE, seed))
         with torch.no_grad():
             for leaf, values in zip(mine, other.tensors, strict=True):
                 leaf.copy_(values)
