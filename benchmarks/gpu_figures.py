@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ import typer
 import momkd
 from benchmarks.gpu_machine import Item, Machine, last_line
 from benchmarks.gpu_sections import items
+from benchmarks.measure import commit
 
 FILE = "figures.json"
 SHORT = {"forward": ", fwd", "forward and backward": ", fwd+bwd"}
@@ -36,16 +36,6 @@ def write(path: Path, held: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(held, indent=1), encoding="utf-8")
     partial.replace(path)
-
-
-def commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def conditions(m: Machine) -> dict[str, Any]:

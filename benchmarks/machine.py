@@ -14,7 +14,7 @@ import torch
 import typer
 
 import momkd
-from benchmarks.measure import copy_rate, product_rate
+from benchmarks.measure import commit, copy_rate, product_rate
 
 LARGE = 4096  # megabytes of the copy on a GPU
 
@@ -34,7 +34,12 @@ def main(out: Annotated[Path, typer.Option(help="File for what was found, as JSO
     report = momkd.doctor(show=False)
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    found: dict[str, Any] = {"doctor": report.as_dict(), "driver": driver(), "dtype of the product": str(dtype)}
+    found: dict[str, Any] = {
+        "doctor": report.as_dict(),
+        "commit": commit(),
+        "driver": driver(),
+        "dtype of the product": str(dtype),
+    }
     found["copy, bytes a second"] = copy_rate(device, LARGE if gpu else 64)
     found["product, operations a second"] = product_rate(device, dtype)
     out.write_text(json.dumps(found, indent=2), encoding="utf-8")

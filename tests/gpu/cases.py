@@ -70,7 +70,8 @@ class Inputs:
         order = torch.rand(self.rows, classes, generator=self.generator).argsort(1)
         shares = torch.linspace(0.5, 1.5, classes)[order]
         rows = (shares[:, :, None] * bank[torch.arange(classes), picked]).sum(1)
-        rows += 0.02 * torch.randn(self.rows, length, generator=self.generator)
+        gap = 1 / max(1, classes - 1)  # of neighbouring shares: noise must not bring two of them near each other
+        rows += 0.02 * gap * torch.randn(self.rows, length, generator=self.generator)
         return rows.to(self.device, self.dtype), shares.to(self.device)
 
     def edges(self) -> Edges:

@@ -15,6 +15,8 @@ def poisoned_device() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # several processes share the GPU
 
 
 @pytest.fixture(autouse=True)
