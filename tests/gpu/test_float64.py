@@ -11,7 +11,7 @@ import torch
 from tests.gpu import cases
 from tests.gpu.cases import Case, Inputs
 from tests.gpu.check import cotangents, gradients, leaves, wrong
-from tests.gpu.device import BATCHES, DEVICE, DTYPES, MIXED, SEEDS, fitting, name_of, on_gpu, smaller
+from tests.gpu.device import BATCHES, DEVICE, DTYPES, MIXED, REHEARSING, SEEDS, fitting, name_of, on_gpu, smaller
 
 pytestmark = on_gpu
 
@@ -20,6 +20,7 @@ MANY_HEADS = {"width": smaller(1536, 48), "hidden": smaller(384, 20), "heads": 4
 ODD_GATE = {"width": smaller(500, 33), "hidden": smaller(70, 17)}
 WIDTH, GUIDED, HEAD = smaller(1024, 72), smaller(512, 40), smaller(256, 24)
 ODD_MEMORY = (3, 17, 65)
+LARGEST = (5, smaller(256, 40), smaller(512, 70))
 
 OPS: dict[str, Callable[..., Case]] = {
     "gated_attention_pool": partial(cases.gated_attention_pool, **GATE),
@@ -42,8 +43,15 @@ OPS: dict[str, Callable[..., Case]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("op", OPS)
+# Each combination costs a GPU some seconds of compiling: float16 leaves the odd sizes to bfloat16.
+COMBINATIONS = [(op, dtype) for op in OPS for dtype in DTYPES if "odd" not in op or dtype != torch.float16]
+
+
+def label(value: str | torch.dtype) -> str:
+    return value if isinstance(value, str) else name_of(value)
+
+
+@pytest.mark.parametrize(("op", "dtype"), COMBINATIONS, ids=label)
 def test_values_and_gradients(op: str, dtype: torch.dtype) -> None:
     found = []
     for name, lengths in BATCHES.items():
@@ -60,19 +68,17 @@ LIMITS: dict[str, Callable[..., Case]] = {
     ),
     "gated_attention_pool, ungated": partial(cases.gated_attention_pool, **GATE, gated=False, p=0.25),
     "attention_pool, 32 heads": partial(cases.attention_pool, width=smaller(260, 20), heads=32),
-    "memory_similarity max, 5 x 256 x 512": partial(cases.memory_similarity, sizes=(5, 256, 512), learned=False),
-    "memory_similarity lse, 5 x 256 x 512": partial(
-        cases.memory_similarity, sizes=(5, 256, 512), reduce="lse", learned=False
-    ),
-    "memory_guided_pool, 32 classes": partial(cases.memory_guided_pool, sizes=(32, 1, 40), width=GUIDED),
-    "soft_angle_loss, 32 classes": partial(cases.soft_angle_loss, sizes=(32, 1, 40), learned=False),
+    "memory_similarity max, largest": partial(cases.memory_similarity, sizes=LARGEST, learned=False),
+    "memory_similarity lse, largest": partial(cases.memory_similarity, sizes=LARGEST, reduce="lse", learned=False),
+    "memory_guided_pool, 32 classes": partial(cases.memory_guided_pool, sizes=(smaller(32, 20), 1, 40), width=GUIDED),
+    "soft_angle_loss, 32 classes": partial(cases.soft_angle_loss, sizes=(smaller(32, 20), 1, 40), learned=False),
     "graph_attention, 1024 columns": partial(cases.graph_attention, heads=1, width=smaller(1024, 70)),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("op", LIMITS)
-def test_limits(op: str, dtype: torch.dtype) -> None:
+def test_limits(op: str) -> None:
+    dtype = torch.float32 if op.startswith(("memory", "soft")) else torch.bfloat16
     found = wrong(LIMITS[op](Inputs(fitting(op, MIXED), dtype, DEVICE), backend="triton"), dtype)
     assert not found, "\n".join(found)
 
@@ -96,7 +102,8 @@ def test_the_same_bits_each_time(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", ["gated_attention_pool", "attention_pool", "memory_guided_pool", "graph_attention"])
 def test_a_bag_that_is_not_finite_stays_alone(op: str) -> None:
     """Every other bag keeps its bits, forward and backward."""
-    given = Inputs((65, 1, 0, 17), torch.bfloat16, DEVICE)
+    # On some CPUs torch.mm in bfloat16 carries a NaN into the row before it.
+    given = Inputs((65, 1, 0, 17), torch.float32 if REHEARSING else torch.bfloat16, DEVICE)
     case = OPS[op](given, backend="triton")
     by_row = op == "graph_attention"
     others = torch.tensor([*range(65), *range(66, given.rows)], device=DEVICE)
