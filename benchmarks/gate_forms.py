@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.measure import must_agree, timings
 from momkd import Bags, env, reference
 from momkd.kernels import _tuning, attention_pool, gated_attention_pool, segment_pool
-from momkd.kernels._gate import pack_gate
+from momkd.kernels._gate import gate_of, pack_weights
 from momkd.reference.gated_attention_pool import GateParameters
 
 WIDTH, HIDDEN, CHECKED = 1024, 256, 2048
@@ -34,8 +34,8 @@ def parameters(device: str, dtype: torch.dtype, width: int, hidden: int, heads: 
 
 def pieces(x: Tensor, w: GateParameters, offsets: Tensor, p: float, seed: Tensor) -> Calls:
     """What a forward and a backward of the gate are made of, after a check of the scores."""
-    gate = pack_gate(x, w, p, seed)
-    scores, products = gated_attention_pool.gate_scores(x, gate, True)
+    gate, packed = gate_of(x, w, p, seed), pack_weights(x, w.w_v, w.w_u)
+    scores, products = gated_attention_pool.gate_scores(x, gate, packed, True)
     some, ends = x[:CHECKED].double(), torch.tensor([0, min(CHECKED, len(x))], dtype=torch.int32, device=x.device)
     exact = GateParameters(*(None if t is None else t.double() for t in w))
     want = reference.gated_attention_pool(some, ends, exact, p, seed)[1]
@@ -46,15 +46,15 @@ def pieces(x: Tensor, w: GateParameters, offsets: Tensor, p: float, seed: Tensor
     assert d_scores is not None
 
     def backward(kept: Tensor | None) -> Callable[[], Any]:
-        run = lambda tiles: gated_attention_pool._gate_backward(x, gate, d_scores, kept, True, tiles)  # noqa: E731
+        run = lambda tiles: gated_attention_pool._gate_backward(x, gate, packed, d_scores, kept, True, tiles)  # noqa: E731
         sizes = gated_attention_pool._sizes(gate)
         return lambda: run(_tuning.GATE_BACKWARD.choose("gate_gradient", x, *sizes, run=run))
 
     calls: Calls = {
-        "plain product": lambda: torch.mm(x, gate.packed.T),
-        "packing": lambda: pack_gate(x, w, p, seed),
-        "scores, products kept": lambda: gated_attention_pool.gate_scores(x, gate, True),
-        "scores, nothing kept": lambda: gated_attention_pool.gate_scores(x, gate, False),
+        "plain product": lambda: torch.mm(x, packed.T),
+        "packing": lambda: pack_weights(x, w.w_v, w.w_u),
+        "scores, products kept": lambda: gated_attention_pool.gate_scores(x, gate, packed, True),
+        "scores, nothing kept": lambda: gated_attention_pool.gate_scores(x, gate, packed, False),
         "pooling": lambda: attention_pool.attention_pool(x, scores, offsets),
         "gradient of scores": lambda: segment_pool.pool_backward(grad, x, scores, stats, offsets, (False, True)),
         "gate backward, products kept": backward(products),

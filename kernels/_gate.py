@@ -20,23 +20,27 @@ from momkd.reference.philox import keep_scale, keep_threshold
 
 
 class Gate(NamedTuple):
-    """Parameters of the gate as the kernels take them.
+    """Parameters of the gate as the kernels take them, but for the large weights (`pack_weights`).
 
     Args:
-        packed: (branches · D, L) in the dtype of the features; with two branches, rows of W_v and W_u alternate.
         tensors: b_v, b_u, w_a, b_a and the seed of dropout; absent ones get a placeholder that no kernel reads.
         flags: the kernels' switches.
-        hidden, heads: D and H.
+        hidden, heads, branches: D, H, and 2 with the σ branch, else 1.
         threshold, scale: of dropout.
     """
 
-    packed: Tensor
     tensors: list[Tensor]
     flags: dict[str, Any]
     hidden: int
     heads: int
+    branches: int
     threshold: int
     scale: float
+
+    @property
+    def columns(self) -> int:
+        """Columns of the products."""
+        return self.branches * self.hidden
 
 
 @triton.jit
@@ -56,17 +60,20 @@ def pack_gate_kernel(
         tl.store(packed + (2 * d + 1) * L + columns, u.to(packed.dtype.element_ty), there)
 
 
-def pack_gate(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None) -> Gate:
-    """Return the parameters packed for features `x`, by one launch."""
-    w_v, b_v, w_u, b_u, w_a, b_a = (p if p is None or p.is_contiguous() else p.contiguous() for p in parameters)
-    assert w_v is not None
-    assert w_a is not None
-    (heads, hidden), width = w_a.shape, w_v.shape[1]
+def pack_weights(x: Tensor, w_v: Tensor, w_u: Tensor | None) -> Tensor:
+    """Return (branches · D, L) in the dtype of x, by one launch; with two branches, rows of w_v and w_u alternate."""
     if w_u is None:
-        packed = w_v.to(x.dtype)
-    else:
-        packed = x.new_empty(2 * hidden, width)
-        launch(pack_gate_kernel, (hidden,), w_v, w_u, packed, width, COLUMNS=1024)
+        return w_v.to(x.dtype)
+    hidden, width = w_v.shape
+    packed = x.new_empty(2 * hidden, width)
+    launch(pack_gate_kernel, (hidden,), _dense(w_v), _dense(w_u), packed, width, COLUMNS=1024)
+    return packed
+
+
+def gate_of(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None) -> Gate:
+    """Return the parameters for features `x`."""
+    _, b_v, w_u, b_u, w_a, b_a = parameters
+    heads, hidden = w_a.shape
     seed = seed if dropout_p > 0 else None
     flags = {
         "HEADS": heads,
@@ -75,10 +82,16 @@ def pack_gate(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Ten
         "BIAS_U": b_u is not None,
         "BIAS_A": b_a is not None,
         "DROPOUT": seed is not None,
-        "FAST": x.dtype != torch.float32 and chip(x.device).startswith("sm_") and not _INTERPRETED,
+        "FAST": x.dtype != torch.float32 and not _INTERPRETED and chip(x.device).startswith("sm_"),
     }
-    tensors = [w_a if p is None else p for p in (b_v, b_u, w_a, b_a, seed)]
-    return Gate(packed, tensors, flags, hidden, heads, keep_threshold(dropout_p), keep_scale(dropout_p))
+    w_a = _dense(w_a)
+    tensors = [w_a if t is None else _dense(t) for t in (b_v, b_u, None, b_a, seed)]
+    branches = 1 if w_u is None else 2
+    return Gate(tensors, flags, hidden, heads, branches, keep_threshold(dropout_p), keep_scale(dropout_p))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
 
 
 _INTERPRETED = triton.knobs.runtime.interpret  # in Python there are no special function units

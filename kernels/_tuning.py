@@ -274,14 +274,14 @@ POOL_ONE_HEAD = Candidates(
     single=(Tiles(32, 128), Tiles(16, 256), Tiles(32, 256, 8)),
 )
 POOL_BACKWARD = Candidates(  # with 4 warps, 64 rows that hold both gradients spill
-    half=(Tiles(64, 128, 8), Tiles(32, 128, 4), Tiles(64, 64, 8, 3)),
+    half=(Tiles(32, 128, 4), Tiles(64, 128, 8), Tiles(64, 64, 8, 3)),
     single=(Tiles(64, 64, 8), Tiles(32, 64, 4)),
 )
 GATE_SCORES = Candidates(
     half=(Tiles(32, 64), Tiles(64, 64, 8), Tiles(16, 128)), single=(Tiles(32, 64), Tiles(16, 64), Tiles(64, 64, 8))
 )
 GATE_BACKWARD = Candidates(
-    half=(Tiles(32, 64), Tiles(16, 64), Tiles(32, 128, 8)), single=(Tiles(16, 64), Tiles(32, 64, 8))
+    half=(Tiles(32, 64), Tiles(32, 64, 8), Tiles(64, 64, 8)), single=(Tiles(32, 64, 8), Tiles(16, 64))
 )
 MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),

@@ -12,15 +12,15 @@ Without p, both passes make it a bounded chunk of rows at a time.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import launch, multiple, rows_of, work
-from momkd.kernels._gate import Gate, keep_masks, load_gate, pack_gate
+from momkd.kernels._common import cdiv, launch, multiple, next_power_of_2, rows_of, work
+from momkd.kernels._gate import Gate, gate_of, keep_masks, load_gate, pack_weights
 from momkd.kernels._tuning import GATE_BACKWARD, GATE_SCORES, Tiles, register_limit
 from momkd.kernels.attention_pool import attention_pool
 from momkd.kernels.segment_pool import pool_backward
@@ -122,8 +122,7 @@ def gate_gradient_kernel(
     b_u,
     w_a,
     seed,
-    d_head,  # (T, H, D) float32: each program's part of the gradient of w_a
-    d_bias,  # (T, branches, D) float32: each program's part of those of b_v and b_u
+    parts,  # (T, branches + H, D) float32: each program's part of the gradients of b_v, b_u and w_a
     first_row,
     end_row,
     D,
@@ -200,22 +199,15 @@ def gate_gradient_kernel(
         target = d_products + local[:, None] * multiple(width, ALIGN) + columns[None, :]
         tl.store(target, (d * factor).to(d_products.dtype.element_ty), inside[:, None] & (columns < width)[None, :])
 
-    tl.store(d_bias + part * width + gate, tl.sum(sum_v, 0), is_gate)
+    into = parts + part * ((BRANCHES + HEADS) * D) + gate
+    tl.store(into, tl.sum(sum_v, 0), is_gate)
     if GATED:
-        tl.store(d_bias + part * width + D + gate, tl.sum(sum_u, 0), is_gate)
+        tl.store(into + D, tl.sum(sum_u, 0), is_gate)
     if HEADS == 1:
-        tl.store(d_head + part * D + gate, tl.sum(sum_head, 0), is_gate)
+        tl.store(into + BRANCHES * D, tl.sum(sum_head, 0), is_gate)
     else:
-        at = (part * HEADS + heads[:, None]) * D + gate[None, :]
-        tl.store(d_head + at, sum_head, (heads < HEADS)[:, None] & is_gate[None, :])
-
-
-class Gradients(NamedTuple):
-    """Of a gate's parameters, in float32: packed (branches · D, L) or None, bias (branches, D), head (H, D)."""
-
-    packed: Tensor | None
-    bias: Tensor
-    head: Tensor
+        of_head = parts + (part * (BRANCHES + HEADS) + BRANCHES + heads[:, None]) * D + gate[None, :]
+        tl.store(of_head, sum_head, (heads < HEADS)[:, None] & is_gate[None, :])
 
 
 def gated_attention_pool(
@@ -236,29 +228,31 @@ def _forward(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = rows_of(x)
-    scores, products = gate_scores(x, pack_gate(x, parameters, dropout_p, seed), keep)
+    packed = pack_weights(x, parameters.w_v, parameters.w_u)
+    scores, products = gate_scores(x, gate_of(x, parameters, dropout_p, seed), packed, keep)
     pooled, stats = attention_pool(x, scores, offsets)
     return pooled, scores, stats, products
 
 
-def gate_scores(x: Tensor, gate: Gate, keep: bool) -> tuple[Tensor, Tensor]:
+def gate_scores(x: Tensor, gate: Gate, packed: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """x (N, L) -> scores (N, H) float32, and products, of all rows where they are to be kept."""
-    run = partial(_gate_scores, x, gate, keep)
+    run = partial(_gate_scores, x, gate, packed, keep)
     return run(GATE_SCORES.choose(_named("gate_scores", gate), x, *_sizes(gate), run=run))
 
 
-def _gate_scores(x: Tensor, gate: Gate, keep: bool, tiles: Tiles) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape[0], gate.packed.shape[0]
+def _gate_scores(x: Tensor, gate: Gate, packed: Tensor, keep: bool, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0]
     step = rows if keep else _chunk(x, gate)
     scores = x.new_empty(rows, gate.heads, dtype=torch.float32)
-    products = x.new_empty(step, columns)
+    products = x.new_empty(step, gate.columns)
+    cut = _cut(x, gate, tiles)
     for first in range(0, rows, step or 1):
         end = min(first + step, rows)
-        part = products[: end - first]
-        torch.mm(x[first:end], gate.packed.T, out=part)
+        chunk, part = (x, products) if step == rows else (x[first:end], products[: end - first])
+        torch.mm(chunk, packed.T, out=part)
         launch(
             gate_scores_kernel,
-            (triton.cdiv(end - first, tiles.rows),),
+            (cdiv(end - first, tiles.rows),),
             part,
             *gate.tensors,
             scores,
@@ -267,9 +261,7 @@ def _gate_scores(x: Tensor, gate: Gate, keep: bool, tiles: Tiles) -> tuple[Tenso
             gate.hidden,
             gate.threshold,
             gate.scale,
-            HEADS_PADDED=triton.next_power_of_2(gate.heads),
-            **gate.flags,
-            **_cut(x, gate, tiles),
+            **cut,
         )
     return scores, products
 
@@ -295,15 +287,17 @@ def gated_attention_pool_backward(
     if grad_scores is not None:
         d_scores += grad_scores
     d_x = x.new_empty(x.shape) if needs[0] else None
-    gate = pack_gate(x, parameters, dropout_p, seed)
-    run = partial(_gate_backward, x, gate, d_scores, kept, needs[1] or needs[3])
+    gate = gate_of(x, parameters, dropout_p, seed)
+    packed = pack_weights(x, parameters.w_v, parameters.w_u) if kept is None or d_x is not None else None
+    run = partial(_gate_backward, x, gate, packed, d_scores, kept, needs[1] or needs[3])
     tiles = GATE_BACKWARD.choose(_named("gate_gradient", gate), x, *_sizes(gate), run=run)
-    d = run(tiles, d_x)
+    d_packed, d_small = run(tiles, d_x)
     if d_x is not None:
         pool_backward(grad_pooled, x, scores, stats, offsets, (True, False), add_to=d_x)
-    branches = len(d.bias)
-    d_weights = [None if d.packed is None else d.packed[i::branches] for i in range(branches)]
-    found = (d_x, d_weights[0], d.bias[0], d_weights[-1], d.bias[-1], d.head, d_scores.sum(0))
+    branches = gate.branches
+    d_weights = [None if d_packed is None else d_packed[i::branches] for i in (0, branches - 1)]
+    d_b_a = d_scores.sum(0) if needs[6] else None
+    found = (d_x, d_weights[0], d_small[0], d_weights[1], d_small[branches - 1], d_small[branches:], d_b_a)
     given = (x, *parameters)
     return tuple(
         gradient.to(like.dtype, copy=gradient is not d_x, memory_format=torch.contiguous_format)
@@ -316,30 +310,37 @@ def gated_attention_pool_backward(
 def _gate_backward(
     x: Tensor,
     gate: Gate,
+    packed: Tensor | None,
     d_scores: Tensor,
     kept: Tensor | None,
     need_weights: bool,
     tiles: Tiles,
     d_x: Tensor | None = None,
-) -> Gradients:
-    """Write the gate's part of the gradient of x into d_x (N, L), and return those of the parameters."""
-    (rows, width), columns, branches = x.shape, gate.packed.shape[0], 1 + gate.flags["GATED"]
+) -> tuple[Tensor | None, Tensor]:
+    """Write the gate's part of the gradient of x into d_x (N, L).
+
+    Returns the gradients of the packed weights (branches · D, L), and of b_v, b_u and w_a below one another
+    (branches + H, D), in float32.
+    """
+    rows = x.shape[0]
     scaled = x.dtype == torch.float16  # gradients at products are some thousandths of 1 / N: most would be zero
     step, each = _chunk(x, gate), tiles.rows * STEPS
-    parts = triton.cdiv(rows, each)
-    d_head = x.new_empty(parts, gate.heads, gate.hidden, dtype=torch.float32)
-    d_bias = x.new_empty(parts, branches, gate.hidden, dtype=torch.float32)
-    d_packed = x.new_zeros(columns, width, dtype=torch.float32) if need_weights else None
-    space, inverse = x.new_empty(step, columns), x.new_empty((), dtype=torch.float32)
+    parts = x.new_empty(cdiv(rows, each), gate.branches + gate.heads, gate.hidden, dtype=torch.float32)
+    d_packed: Tensor | None = None
+    space, inverse = x.new_empty(step, gate.columns), x.new_empty((), dtype=torch.float32)
     b_v, b_u, w_a, _, seed = gate.tensors
-    flags = {name: value for name, value in gate.flags.items() if name != "BIAS_A"}
+    cut = {name: value for name, value in _cut(x, gate, tiles).items() if name != "BIAS_A"}
     for first in range(0, rows, step or 1):
         end = min(first + step, rows)
-        chunk, d_products = x[first:end], space[: end - first]
-        products = torch.mm(chunk, gate.packed.T, out=d_products) if kept is None else kept[first:end]
+        chunk, d_products = (x, space) if step == rows else (x[first:end], space[: end - first])
+        if kept is not None:
+            products = kept if step == rows else kept[first:end]
+        else:
+            assert packed is not None
+            products = torch.mm(chunk, packed.T, out=d_products)
         launch(
             gate_gradient_kernel,
-            (triton.cdiv(end - first, each) * triton.cdiv(gate.hidden, tiles.columns),),
+            (cdiv(end - first, each) * cdiv(gate.hidden, tiles.columns),),
             products,
             d_products,
             d_scores,
@@ -349,27 +350,28 @@ def _gate_backward(
             b_u,
             w_a,
             seed,
-            d_head[first // each :],
-            d_bias[first // each :],
+            parts if first == 0 else parts[first // each :],
             first,
             end,
             gate.hidden,
             gate.threshold,
             gate.scale,
-            HEADS_PADDED=triton.next_power_of_2(gate.heads),
             SCALED=scaled,
             STEPS=STEPS,
-            **flags,
-            **_cut(x, gate, tiles),
+            **cut,
         )
         if d_x is not None:
-            torch.mm(d_products, gate.packed, out=d_x[first:end])
+            assert packed is not None
+            torch.mm(d_products, packed, out=d_x[first:end])
             if scaled:
                 d_x[first:end] *= inverse
-        if d_packed is not None:
+        if need_weights:
             part = product_in_float32(d_products.T, chunk)
-            d_packed += part * inverse if scaled else part
-    return Gradients(d_packed, d_bias.sum(0), d_head.sum(0))
+            part = part.mul_(inverse) if scaled else part
+            d_packed = part if d_packed is None else d_packed.add_(part)
+    if need_weights and d_packed is None:  # no rows
+        d_packed = x.new_zeros(gate.columns, x.shape[1], dtype=torch.float32)
+    return d_packed, parts.sum(0)
 
 
 def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -386,19 +388,25 @@ def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 def _chunk(x: Tensor, gate: Gate) -> int:
     """Rows whose products fit the workspace; those of whole programs."""
     each = 1024  # of which the rows of a program in backward are a divisor, whatever the tiles
-    return min(x.shape[0], max(1, WORKSPACE // (gate.packed.shape[0] * x.element_size() * each)) * each)
+    return min(x.shape[0], max(1, WORKSPACE // (gate.columns * x.element_size() * each)) * each)
 
 
 def _cut(x: Tensor, gate: Gate, tiles: Tiles) -> dict[str, Any]:
-    columns = gate.packed.shape[0]
-    cut = {"BLOCK": tiles.rows, "GATE": tiles.columns, "ALIGN": min(16, columns & -columns)}
-    return {**cut, "num_warps": tiles.warps, **register_limit(x.device)}
+    """The arguments of both kernels that are known when they are compiled."""
+    return {
+        **gate.flags,
+        **register_limit(x.device),
+        "HEADS_PADDED": next_power_of_2(gate.heads),
+        "BLOCK": tiles.rows,
+        "GATE": tiles.columns,
+        "ALIGN": min(16, gate.columns & -gate.columns),
+        "num_warps": tiles.warps,
+    }
 
 
 def _sizes(gate: Gate) -> tuple[int, int, int]:
     """What tiles are fitted to."""
-    columns = gate.packed.shape[0]
-    return gate.hidden, gate.heads, min(16, columns & -columns)
+    return gate.hidden, gate.heads, min(16, gate.columns & -gate.columns)
 
 
 def _named(op: str, gate: Gate) -> str:

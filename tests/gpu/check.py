@@ -12,6 +12,9 @@ from tests.compare import FORWARD, GRADIENT, HALVES, cosine, relative
 from tests.gpu.cases import Case, Outputs
 
 
+FEW = 8  # values: of so few, the error of plain torch is no measure of its precision
+
+
 class Finding(NamedTuple):
     """One figure; NaN is never right."""
 
@@ -51,6 +54,8 @@ def forward(case: Case, got: Outputs, want: Outputs, dtype: torch.dtype) -> Iter
     low = case.plain(*(t.to(dtype) if half else t for t in case.tensors)) if half else got
     for number, (a, b, c) in enumerate(zip(got, want, low, strict=True)):
         allowed = 2 * relative(c, b) + 1e-7 if half else FORWARD
+        if half and b.numel() < FEW:  # plain torch may be right by luck
+            allowed = max(allowed, torch.finfo(dtype).eps)
         yield Finding(f"output {number}", relative(a, b), allowed)
 
 
