@@ -61,6 +61,7 @@ def gated(
 
 
 Size = tuple[int, int, int]
+FEW = 3  # of the sizes below come before the peers
 FIRST: Sequence[Size] = (
     (100_000, 32, 1024),
     (1_000_000, 32, 1024),
@@ -74,9 +75,14 @@ FIRST: Sequence[Size] = (
 
 
 def first_items(m: Machine) -> Iterator[Item]:
-    """The sizes that say most, each variant at one size, and the peers."""
-    every = [(200, 1, 64), (200, 32, 64)] if m.tiny else FIRST
-    yield from (_sized(m, size) for size in every)
+    """The sizes that say most, and the peers."""
+    yield from (_sized(m, size) for size in ([(200, 1, 64), (200, 32, 64)] if m.tiny else FIRST[:FEW]))
+    for way in ("forward and backward", "forward"):
+        yield Item("peers", way, partial(peers, m, way == "forward and backward"))
+
+
+def other_items(m: Machine) -> Iterator[Item]:
+    """Each variant at one size, the other sizes, and last what tuning finds: its choices hold from then on."""
     width = 64 if m.tiny else gate.WIDTH
     variants = {
         "float16": {"dtype": torch.float16},
@@ -86,16 +92,10 @@ def first_items(m: Machine) -> Iterator[Item]:
     }
     for name, options in variants.items():
         yield Item(SECTION, f"100000 patches, 32 bags, {name}", partial(gated, m, 100_000, 32, width, **options))
-    for way in ("forward and backward", "forward"):
-        yield Item("peers", way, partial(peers, m, way == "forward and backward"))
-
-
-def other_items(m: Machine) -> Iterator[Item]:
-    """The other sizes, and last what tuning finds: its choices hold from then on."""
     patches, widths = ((), ()) if m.tiny else ((100_000, 1_000_000, 10_000, 1_000), (1024, 1536))
-    sizes = ((n, bags, width) for width in widths for n in patches for bags in (1, 32, 100))
-    yield from (_sized(m, size) for size in sizes if size not in FIRST)
-    width = 64 if m.tiny else gate.WIDTH
+    sizes = [(n, bags, width) for width in widths for n in patches for bags in (1, 32, 100)]
+    rest = [] if m.tiny else FIRST[FEW:]
+    yield from (_sized(m, size) for size in [*rest, *(size for size in sizes if size not in FIRST)])
     yield Item(SECTION, "1000000 patches, 32 bags, tuned", partial(gated, m, 1_000_000, 32, width, tuned=True))
 
 

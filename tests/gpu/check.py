@@ -11,7 +11,6 @@ from torch import Tensor
 from tests.compare import FORWARD, GRADIENT, HALVES, cosine, relative
 from tests.gpu.cases import Case, Outputs
 
-
 FEW = 8  # values: of so few, the error of plain torch is no measure of its precision
 
 
