@@ -83,8 +83,9 @@ class GateTiles(NamedTuple):
         if chip.startswith("gfx"):  # 64 KiB of shared memory
             tiles = tiles._replace(warps=4, stages=2)
         elif chip not in ROOMY:
-            single = dtype == torch.float32
-            tiles = tiles._replace(gate=min(tiles.gate, 32 if single else 64), columns=min(tiles.columns, 32))
+            # Where rows are read 8 bytes at a time, several heads and 64 columns would spill, by Triton 3.4.
+            narrow = dtype == torch.float32 or (heads > 1 and align * dtype.itemsize < 16)
+            tiles = tiles._replace(gate=min(tiles.gate, 32 if narrow else 64), columns=min(tiles.columns, 32))
         return tiles._replace(gate=at_most(tiles.gate, hidden), columns=at_most(tiles.columns, width))
 
 
