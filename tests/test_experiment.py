@@ -19,9 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from momkd import cli
+from momkd import cli, evaluate, experiment, inference
 from momkd.config import Config
+from momkd.data import prefetch
+from momkd.data.cohort import Cohort
 from momkd.data.omics import read_omics
+from momkd.data.prefetch import DeviceCache
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external, evaluate_run
 from momkd.experiment import Reporter, train_run
@@ -30,6 +33,7 @@ from momkd.predict import predict_run
 from momkd.runs import Run, load_weights
 from momkd.simulate import SimulatedCohort
 from momkd.train import Progress
+from tests.data.fake_streams import install
 
 QUICK = [
     "train.epochs=2",
@@ -195,6 +199,50 @@ def test_an_interrupted_run_ends_the_same(tiny_cohort: SimulatedCohort, tmp_path
     for name in ("predictions.csv", "fold_1/model.safetensors", "metrics.json"):
         assert (run.folder / name).read_bytes() == (trained.folder / name).read_bytes(), name
     assert not list(out.rglob("state.pt"))
+
+
+def test_features_kept_on_a_device_serve_all_folds_and_change_nothing(
+    tiny_cohort: SimulatedCohort, tmp_path: Path, trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, reads, read = install(monkeypatch), [], Cohort.read
+    monkeypatch.setattr(Cohort, "read", lambda cohort, slide: reads.append(slide) or read(cohort, slide))
+    for module in (experiment, evaluate):
+        monkeypatch.setattr(module, "device_cache", lambda options, device: DeviceCache(device, 10**9))
+    run = train(tiny_cohort, tmp_path / "run", "fast", "train.cache_gb=0")
+    assert (run.folder / "predictions.csv").read_bytes() == (trained.folder / "predictions.csv").read_bytes()
+    for fold in (0, 1):
+        for name in ("model.safetensors", "genomics.safetensors"):
+            assert (run.fold(fold) / name).read_bytes() == (trained.fold(fold) / name).read_bytes()
+    assert sorted(reads) == sorted(pd.read_csv(tiny_cohort.labels)["slide_id"]), "each slide once, for both folds"
+    reads.clear()
+    assert tiny_cohort.external is not None
+    evaluate_external(run, tiny_cohort.external.features, tiny_cohort.external.labels)
+    assert len(reads) == len(set(reads)) == 10
+    assert fake.of("copy")
+
+
+def test_predictions_through_streams_are_the_same(
+    tiny_cohort: SimulatedCohort, tmp_path: Path, trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = predict_run(trained, tiny_cohort.features, tmp_path / "plain.csv", attention=tmp_path / "plain")
+    fake = install(monkeypatch)
+    copied, _ = predict_run(trained, tiny_cohort.features, tmp_path / "copied.csv", attention=tmp_path / "copied")
+    assert fake.of("copy")
+    pd.testing.assert_frame_equal(plain, copied, check_exact=True)
+    for path in (tmp_path / "plain").iterdir():
+        with h5py.File(path) as one, h5py.File(tmp_path / "copied" / path.name) as other:
+            assert np.array_equal(one["attention"][:], other["attention"][:])
+
+
+def test_features_are_kept_only_on_a_gpu_and_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = config("fast", "train.device_cache_gb=1.5").train
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(prefetch, "_transfer", prefetch.Transfer)
+    cache = inference.device_cache(options, gpu)
+    assert cache is not None
+    assert (cache.device, cache.limit) == (gpu, 1_500_000_000)
+    assert inference.device_cache(options, torch.device("cpu")) is None
+    assert inference.device_cache(config().train, gpu) is None
 
 
 def test_a_folder_with_other_files_is_refused(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from safetensors.torch import load_file
 
 from momkd.config import Config
 from momkd.data.batches import BagLoader
+from momkd.data.prefetch import DeviceCache
 from momkd.errors import InputError
 from momkd.models import MILModel
 from momkd.runs import build_model
 from momkd.train import Progress, Trainer
+from tests.data.fake_streams import install
 
 L, G, SMALL = 6, 5, ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "omics.features=8"]
 
@@ -91,6 +94,34 @@ def test_resuming_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert timeless == [{k: v for k, v in row.items() if k != "patches_per_second"} for row in whole.log]
     assert resumed.log[:3] != []
     assert (tmp_path / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [None, 0, 1500, 10**9])
+def test_streams_and_features_kept_on_a_device_change_no_bit(kept: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["fast", "train.epochs=3", "memory.reseed_below=0.02", "train.max_patches=7"]
+    loaders = [{"training": slides(24, 0), "validation": slides(12, 1)} for _ in range(2)]
+    for one in (each for pair in loaders for each in pair.values()):
+        one.max_patches = 7
+    plain = trainer(*settings, **loaders[0])
+    model = plain.run()
+    fake = install(monkeypatch)
+    for one in loaders[1].values():
+        one.device_cache = None if kept is None else DeviceCache("cpu", kept)
+    made = trainer(*settings, **loaders[1])
+    assert same(model, made.run())
+    assert len(fake.of("copy")) >= 3 * 6 + 3 * 3 + 6, "training, validation, and the filling of the memory"
+    for row, other in zip(made.log, plain.log, strict=True):
+        assert {**row, "patches_per_second": 0} == {**other, "patches_per_second": 0}
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_training_that_is_stopped_leaves_no_thread(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streams:
+        install(monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        stopping(trainer("fast", "train.epochs=3"), 1)
+    assert caught.tb is not None, "which keeps the frames of the loop alive"
+    assert [t.name for t in threading.enumerate() if t.name.startswith("momkd-")] == []
 
 
 def stopping(made: Trainer, epoch: int) -> None:

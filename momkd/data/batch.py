@@ -28,9 +28,10 @@ class Batch:
     has_omics: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`; from pinned memory without waiting."""
-        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.omics, self.has_omics))
-        bags, labels = self.bags.to(device, non_blocking=True), self.labels.to(device, non_blocking=True)
+        """On `device`; from pinned memory to a GPU without waiting."""
+        waits = device.type == "cpu"  # else what came from a GPU could be read before it is there
+        moved = (None if t is None else t.to(device, non_blocking=not waits) for t in (self.omics, self.has_omics))
+        bags, labels = self.bags.to(device, non_blocking=not waits), self.labels.to(device, non_blocking=not waits)
         return Batch(self.number, self.slide_ids, bags, labels, *moved)
 
     def tensors(self) -> tuple[Tensor, ...]:

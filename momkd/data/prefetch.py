@@ -166,6 +166,6 @@ class DeviceCache:
         with self._lock:
             if slide in self._slides or self.held + x.nbytes > self.limit:
                 return self._slides.get(slide)
-            self._slides[slide] = kept = KeptSlide(x.pin_memory() if pin else x.clone(), self.device)
+            self._slides[slide] = kept = KeptSlide(x.pin_memory() if pin else x, self.device)
             self.held += x.nbytes
         return kept
