@@ -24,9 +24,15 @@ def bag_of_each_row(bags: Bags) -> Tensor:
 
 
 def pool_flattened(values: Tensor, scores: Tensor, index: Tensor, count: int = COUNT) -> Tensor:
-    """Softmax of one branch over the bags of a flattened batch and the weighted sum, by scatters."""
+    """Softmax of one branch over the bags of a flattened batch and the weighted sum, by scatters.
+
+    Sums are of float32 at least: in bfloat16 that of the weights would stop at 256.
+    """
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(exact)
     top = scores.new_full((count,), -torch.inf).scatter_reduce(0, index, scores, "amax")
     weight = torch.exp(scores - top[index])
     total = weight.new_zeros(count).index_add(0, index, weight)
-    weighted = (weight / total[index])[:, None].to(values.dtype) * values
-    return values.new_zeros(count, values.shape[1]).index_add(0, index, weighted)[:, None]
+    weighted = (weight / total[index])[:, None] * values
+    summed = weight.new_zeros(count, values.shape[1]).index_add(0, index, weighted)
+    return summed.to(values.dtype)[:, None]
