@@ -22,6 +22,8 @@ from torch import Tensor
 
 from momkd.kernels._common import next_power_of_2
 
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
 # The chip to cut for and the candidate to take, where they are not to be found out: for compiling ahead of time.
 CHIP: str | None = None
 CANDIDATE: int | None = None
@@ -100,7 +102,11 @@ class GraphTiles(NamedTuple):
     def fitted(self, chip: str, dtype: torch.dtype, width: int) -> GraphTiles:
         """All columns of a head at once, 256 of them to a warp."""
         columns = at_most(1 << 30, width)
-        rows = min(self.rows, 4) if chip == "sm_100" and self.nodes > 1 else self.rows  # 8 spill there
+        if self.nodes > 1:
+            spills = chip == "sm_100" or (_TRITON < (3, 7) and chip not in ROOMY)
+        else:
+            spills = _TRITON < (3, 6)
+        rows = min(self.rows, 4) if spills else self.rows  # 8 would spill a few bytes
         return self._replace(rows=rows, columns=columns, warps=max(1, columns // 256))
 
 
@@ -287,6 +293,8 @@ MEMORY = Candidates(
     half=(SlotTiles(64, 64, 64), SlotTiles(32, 64, 64), SlotTiles(128, 64, 64, 8)),
     single=(SlotTiles(32, 32, 64), SlotTiles(64, 32, 64, 8), SlotTiles(32, 32, 32)),
 )
+if _TRITON < (3, 6):
+    MEMORY = MEMORY._replace(single=MEMORY.single[2:])  # Triton 3.4 spills a few bytes with 64 columns
 GRAPH = Candidates(half=(GraphTiles(),), single=(GraphTiles(),))
 GRAPH_BACKWARD = Candidates(half=(GraphTiles(nodes=8),), single=(GraphTiles(nodes=8),))
 
