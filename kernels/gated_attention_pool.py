@@ -3,7 +3,7 @@
 s_ih = w_a[h] · (drop(tanh(W_v x_i + b_v)) ⊙ drop(σ(W_u x_i + b_u))) + b_a[h];  out[b, h] = Σ_i softmax(s)_ih x_i.
 
 Forward: one product of the library gives p = x [W_v | W_u]ᵀ, one kernel the scores from p, and `attention_pool` does
-the rest. On an H200 that is less than half the time of one kernel for all of it (benchmarks/NOTES.md). Where gradients
+the rest. On an H200 that takes 0.6 of the time of one kernel for all of it (benchmarks/NOTES.md). Where gradients
 are wanted and memory allows, p is kept: (N, branches · D) in the dtype of x. Backward turns p and the gradients of the
 scores into gradients at p by one kernel, and those into gradients of features and weights by products of the library.
 Without p, both passes make it a bounded chunk of rows at a time.
