@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import dropout_words, launch, multiple
+from momkd.kernels._common import dropout_words, launch, multiple, work
 from momkd.kernels._tuning import chip
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
@@ -43,7 +43,7 @@ class Gate(NamedTuple):
         return self.branches * self.hidden
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("packed", lambda _: 0))
 def pack_gate_kernel(
     w_v,  # (D, L)
     w_u,  # (D, L)

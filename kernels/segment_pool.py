@@ -120,7 +120,7 @@ def pool_backward_kernel(
         tl.store(inner + slot, tl.sum(tl.where(both, alpha * t, 0.0), 0), is_head)
 
 
-@triton.jit
+@triton.jit(launch_metadata=work("partial", lambda a: a.partial.numel()))
 def bag_sums_kernel(
     partial,  # (T, H) float32
     offsets,
@@ -144,7 +144,10 @@ def bag_sums_kernel(
     tl.store(sums + bag * HEADS + heads, tl.sum(summed, 0), is_head)
 
 
-@triton.jit(do_not_specialize=["bags"])
+@triton.jit(
+    do_not_specialize=["bags"],
+    launch_metadata=work("d_scores", lambda a: 2 * a.d_scores.numel(), lambda _: {"d_scores": 2}),
+)
 def score_gradient_kernel(
     d_scores,  # (N, H) float32: g · v_i on entry, α_i (g · v_i − inner) on return
     inner,  # (B, H) float32

@@ -62,7 +62,9 @@ def _gated_attention_pool(
     ungated: bool = False,
     dropout: bool = False,
     frozen: bool = False,
+    kept: bool = False,
 ) -> None:
+    """frozen: no gradient of x; kept: backward has the products of forward."""
     from momkd.reference.gated_attention_pool import GateParameters
 
     x, offsets = torch.zeros(ROWS, L, dtype=dtype), _offsets()
@@ -71,10 +73,11 @@ def _gated_attention_pool(
     gate = (None, None) if ungated else (w.clone(), b.clone())
     parameters = GateParameters(w, b, *gate, *branch)
     p, seed = (0.25, torch.tensor(7)) if dropout else (0.0, None)
-    pooled, scores, stats = kernels.gated_attention_pool(x, offsets, parameters, p, seed)
+    call = kernels.gated_attention_pool_kept if kept else kernels.gated_attention_pool
+    pooled, scores, stats, *products = call(x, offsets, parameters, p, seed)
     needs = (not frozen, True, True, not ungated, not ungated, True, True)
-    grad = torch.zeros_like(pooled)
-    kernels.gated_attention_pool_backward(grad, None, x, offsets, parameters, p, seed, pooled, scores, stats, needs)
+    given = torch.zeros_like(pooled), None, x, offsets, parameters, p, seed, pooled, scores, stats, needs
+    kernels.gated_attention_pool_backward(*given, *products)
 
 
 def _memory(dtype: torch.dtype, C: int, K: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,12 +148,15 @@ CASES: tuple[Case, ...] = (
     Case("attention_pool", HALF, {"L": 1024, "H": 1, "frozen": True}),
     Case("attention_pool", HALF, {"L": 1024, "H": 4, "giant": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1}, default=True),
+    Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1, "kept": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1, "dropout": True, "frozen": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1536, "D": 512, "H": 4}, default=True),
+    Case("gated_attention_pool", FLOAT16, {"L": 1024, "D": 256, "H": 1, "kept": True}, default=True),
     Case("gated_attention_pool", HALF, {"L": 1024, "D": 384, "H": 4, "ungated": True, "dropout": True}),
     Case("gated_attention_pool", FLOAT16, {"L": 500, "D": 384, "H": 4, "dropout": True}),
     Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1, "dropout": True}, default=True),
-    Case("gated_attention_pool", SINGLE, {"L": 500, "D": 64, "H": 4}),
+    Case("gated_attention_pool", SINGLE, {"L": 500, "D": 64, "H": 4, "kept": True}),
+    Case("gated_attention_pool", SINGLE, {"L": 100, "D": 50, "H": 1}),
     Case("gated_attention_pool", SINGLE, {"L": 1536, "D": 512, "H": 1, "ungated": True}),
     Case("graph_attention", HALF, {"L": 256, "H": 2, "dropout": True}, default=True),
     Case("graph_attention", HALF, {"L": 256, "H": 2}, default=True),

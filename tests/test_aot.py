@@ -27,17 +27,19 @@ if reason := aot.unavailable():
 # Kernels that hold a product in every case of an op, and those that don't with a single head, which is summed.
 PRODUCTS = {
     "attention_pool": (),
-    "gated_attention_pool": ("gated_attention_pool_fwd_kernel", "gate_gradient_kernel"),
+    "gated_attention_pool": (),  # the gate's products are the library's
     "memory_similarity": ("memory_similarity_fwd_kernel",),
     "memory_guided_pool": (),
     "soft_angle_loss": ("soft_angle_loss_fwd_kernel", "soft_angle_loss_bwd_kernel"),
     "graph_attention": (),
 }
-PRODUCTS_OF_HEADS = {"attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel")}
-# Kernels that read the rows of a bag from end to end.
+POOLING = ("attention_pool_fwd_kernel", "pool_backward_kernel")
+PRODUCTS_OF_HEADS = {"attention_pool": POOLING, "gated_attention_pool": POOLING}
+GATE = ("gate_scores_kernel", "gate_gradient_kernel")
+# Kernels that read the rows of a bag, or their products with the gate, from end to end.
 STREAMS = {
-    "attention_pool": ("attention_pool_fwd_kernel", "pool_backward_kernel"),
-    "gated_attention_pool": ("gated_attention_pool_fwd_kernel", "pool_backward_kernel"),
+    "attention_pool": (*POOLING, "attention_pool_one_head_kernel"),
+    "gated_attention_pool": (*POOLING, "attention_pool_one_head_kernel", *GATE),
     "memory_guided_pool": ("pool_backward_kernel",),
     "graph_attention": (
         "graph_attention_fwd_kernel",
@@ -90,15 +92,19 @@ def off_tensor_cores(reports: Iterable[Report]) -> list[str]:
 
 def narrow(report: Report) -> str:
     """What is wrong where fewer 128-bit loads were found than one tile of rows takes of each thread."""
-    case = report.cases[0]
-    tile = report.constants["BLOCK"] * report.constants["COLUMNS"] * case.dtype.itemsize
+    case, constants = report.cases[0], report.constants
+    if report.kernel in GATE:
+        columns = constants["GATE"] * (1 + constants["GATED"])
+    else:
+        columns = constants["COLUMNS"]
+    tile = constants.get("STEP", constants["BLOCK"]) * columns * case.dtype.itemsize
     needed = max(1, tile // (32 * report.warps * 16))
     wide = sum(count for bits, count in report.loads.items() if bits >= 128)
     return "" if wide >= needed else f"{name(report)}: a tile takes {needed} loads of 128 bits, found {report.loads}"
 
 
 def aligned(report: Report) -> bool:
-    return report.cases[0].sizes["L"] % 16 == 0
+    return report.cases[0].sizes["D" if report.kernel in GATE else "L"] % 16 == 0
 
 
 @pytest.mark.parametrize("every", SOME_OR_ALL)
@@ -170,7 +176,7 @@ def test_rows_of_500_columns_are_read_four_at_a_time(dtype: torch.dtype, bits: i
     case = Case("attention_pool", dtype, {"L": 500, "H": 4})
     for arch in ("sm_80", "sm_90"):
         reports = aot.compile_all([case], [arch])
-        for kernel in STREAMS["attention_pool"]:
+        for kernel in POOLING:
             assert widest(reports, kernel) >= bits
             (r,) = (r for r in reports if r.kernel == kernel)
             assert r.loads.get(16, 0) == 0
@@ -194,17 +200,18 @@ def test_every_switch_of_torch_for_tf32_is_followed(
 
 
 def test_tf32_is_done_by_tensor_cores_and_ieee_is_not(tf32_switches: dict[str, Callable[[bool], None]]) -> None:
-    case = Case("gated_attention_pool", SINGLE, {"L": 1024, "D": 256, "H": 1})
+    case = Case("attention_pool", SINGLE, {"L": 1024, "H": 4})
     for allowed in (False, True):
         tf32_switches["older"](allowed)
         reports = aot.compile_all([case], ["sm_90"])
-        for kernel in PRODUCTS["gated_attention_pool"]:
+        for kernel in POOLING:
             assert [bool(r.tensor) for r in reports if r.kernel == kernel] == [allowed]
 
 
 # --- what the tests above judge shows in kernels that are cut badly on purpose
 
 BAD = Case("attention_pool", HALF, {"L": 1024, "H": 4})
+SIMILARITY = Case("memory_similarity", HALF, {"C": 4, "K": 256, "S": 512, "reduce": "lse"})  # products of 64 rows
 
 
 def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +227,9 @@ def test_tiles_too_large_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_warps_for_hgmma_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = [launch._replace(options=launch.options | {"num_warps": 2}) for launch in aot.record(BAD, "sm_90")]
-    monkeypatch.setattr(aot, "record", lambda *_: launches)
-    assert off_tensor_cores(aot.compile_all([BAD], ["sm_90"]))
+    launches = [r._replace(options=r.options | {"num_warps": 2}) for r in aot.record(SIMILARITY, "sm_90")]
+    monkeypatch.setattr(aot, "record", lambda *_: launches[:1])
+    assert off_tensor_cores(aot.compile_all([SIMILARITY], ["sm_90"]))
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -236,13 +243,12 @@ def test_serialised_matrix_instructions_are_seen(cached: bool, monkeypatch: pyte
         cubins.append(make_cubin(self, ptx.replace("wgmma.fence.sync.aligned;", ""), *args))
         return cubins[-1]
 
-    case = Case("gated_attention_pool", HALF, {"L": 1024, "D": 256, "H": 1})
-    launches = [r for r in aot.record(case, "sm_90") if r.kernel.__name__ == "gated_attention_pool_fwd_kernel"]
+    launches = [r for r in aot.record(SIMILARITY, "sm_90") if r.kernel.__name__ == "memory_similarity_fwd_kernel"]
     monkeypatch.setattr(aot, "record", lambda *_: launches)
-    assert unfit(aot.compile_all([case], ["sm_90"])) == []  # from now on in Triton's cache
+    assert unfit(aot.compile_all([SIMILARITY], ["sm_90"])) == []  # from now on in Triton's cache
     monkeypatch.setattr(CUDABackend, "make_cubin", without_fences)
     with contextlib.nullcontext() if cached else always_compiled():
-        reports = aot.compile_all([case], ["sm_90"])
+        reports = aot.compile_all([SIMILARITY], ["sm_90"])
     assert len(cubins) == 1
     (trouble,) = unfit(reports)
     assert "ptxas: (C75" in trouble
@@ -264,4 +270,4 @@ def test_narrow_loads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu.kernels("attention_pool"), "rows_of", rows_that_begin_anywhere)
     reports = aot.compile_all([BAD], ["sm_90"])
-    assert {r.kernel for r in reports if "values" in r.parameters and narrow(r)} == set(STREAMS["attention_pool"])
+    assert {r.kernel for r in reports if "values" in r.parameters and narrow(r)} == set(POOLING)

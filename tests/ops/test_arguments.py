@@ -83,7 +83,8 @@ def test_offsets_of_backward(kind: str, backend: str) -> None:
     with pytest.raises(ValueError, match="offsets: expected"):
         torch.ops.momkd.memory_guided_pool_backward(*guided, False, [True] * 3, backend)
     w_v, w_a = torch.ones(5, 6), torch.ones(2, 5)
-    gated = (pooled, None, values, offsets, w_v, None, None, None, w_a, None, None, pooled, scores, stats)
+    kept = torch.empty(0)
+    gated = (pooled, None, values, offsets, w_v, None, None, None, w_a, None, None, pooled, scores, stats, kept)
     with pytest.raises(ValueError, match="offsets: expected"):
         torch.ops.momkd.gated_attention_pool_backward(*gated, 0.0, [True] * 7, backend)
 

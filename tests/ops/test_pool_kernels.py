@@ -57,6 +57,20 @@ def test_bags_at_the_edges_of_tiles(heads: int, width: int) -> None:
         assert_close(mine, exact, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_row_alone_in_its_bag_has_no_gradient_of_its_score(heads: int, dtype: torch.dtype) -> None:
+    """Exactly: its weight is 1 whatever the score."""
+    torch.manual_seed(0)
+    lengths = (1, 40, 1, 0, 1)
+    values, scores = torch.randn(sum(lengths), 300).to(dtype), 3 * torch.randn(sum(lengths), heads)
+    _, d_values, d_scores = attend(values, scores, offsets_of(lengths))
+    alone = [0, 41, 42]
+    assert (d_scores[alone] == 0).all()
+    assert (d_scores[1:41] != 0).any()
+    assert (d_values[alone] != 0).any()
+
+
 # -- alignment: a wrong promise to the compiler gives wrong rows -------------------------------------------------
 
 
