@@ -74,9 +74,11 @@ def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
         install = ["install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
         yield Step("install", python("pip", *install), 150, {"MOMKD_CUDA_ARCHS": capability()})
     yield Step("machine", python("benchmarks.machine", "--out", str(work / "machine.json")), 60, lines=8)
-    yield Step("smoke", python("tests.gpu.smoke", "--out", str(work / "smoke.json"), *tiny), 90, lines=TABLE)
+    small = [*tiny, "--dtypes", "float32"] if rehearse else []
+    yield Step("smoke", python("tests.gpu.smoke", "--out", str(work / "smoke.json"), *small), 90, lines=TABLE)
     few = ["-k", "test_values_and_gradients and attention_pool and float32"] if rehearse else ["--maxfail=40"]
-    tests = ["tests", "-m", "gpu", "-q", "-ra", "-n", str(WORKERS), "--durations=10", "--tb=short", *few]
+    where = "tests/gpu" if rehearse else "tests"
+    tests = [where, "-m", "gpu", "-q", "-ra", "-n", str(WORKERS), "--durations=10", "--tb=short", *few]
     yield Step("tests", python("pytest", *tests), 150, lines=TABLE)
     for tool in ("memcheck",) if rehearse else ("memcheck", "racecheck", "initcheck"):
         under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
