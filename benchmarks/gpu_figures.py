@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,9 @@ import momkd
 from benchmarks.gpu_machine import Item, Machine, last_line
 from benchmarks.gpu_sections import items
 from benchmarks.measure import commit
+from benchmarks.stored import PASSES, wrong_peers
 
 FILE = "figures.json"
-SHORT = {"forward": ", fwd", "forward and backward": ", fwd+bwd"}
 
 
 def write(path: Path, held: dict[str, Any]) -> None:
@@ -41,7 +42,8 @@ def write(path: Path, held: dict[str, Any]) -> None:
 def conditions(m: Machine) -> dict[str, Any]:
     report = momkd.doctor(show=False).as_dict()
     name = torch.cuda.get_device_name() if m.device == "cuda" else "cpu"
-    return {"device": name, "tiny": m.tiny, "commit": commit(), "versions": report["versions"]}
+    today = date.today().isoformat()
+    return {"device": name, "tiny": m.tiny, "commit": commit(), "date": today, "versions": report["versions"]}
 
 
 def usable(device: str) -> bool:
@@ -91,8 +93,11 @@ def lines(held: dict[str, Any]) -> Iterator[str]:
                 ]
                 attained = f"{100 * part['attained']:6.0f}" if "attained" in part else " " * 6
                 peers = part.get("times as fast as") or part.get("times as fast until the end as") or {}
-                ratios = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in peers.items())
-                title = f"{section}: {name}{SHORT.get(way, '')}"
+                wrong = wrong_peers(figures, part) if "forms" in part else []
+                ratios = ", ".join(
+                    f"{peer} WRONG" if peer in wrong else f"{peer} {ratio:.2f}" for peer, ratio in peers.items()
+                )
+                title = f"{section}: {name}{PASSES.get(way, '')}"
                 yield f"{title:68} {' '.join(shown)} {attained}  {ratios}".rstrip()
     if held["left out"]:
         yield f"left out for want of time: {len(held['left out'])} items"

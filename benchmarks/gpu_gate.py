@@ -11,8 +11,8 @@ import momkd
 from benchmarks import bench_gated_attention_pool as gate
 from benchmarks.bags import ragged
 from benchmarks.bench_growth import lengths_of
-from benchmarks.cases import check, relative
-from benchmarks.gpu_machine import Call, Figures, Item, Machine, forward_only, measured
+from benchmarks.cases import check
+from benchmarks.gpu_machine import Call, Figures, Item, Machine, errors_of_forms, forward_only, measured
 from benchmarks.measure import rotating
 from momkd import Bags
 
@@ -116,9 +116,5 @@ def peers(m: Machine, backward: bool) -> Figures:
     share = 1.0 if backward else 0.5
     calls = case.steps() if backward else {name: forward_only(form) for name, form in case.forms.items()}
     figures |= measured(m, calls, (share * case.work[0], share * case.work[1]), dtype)
-    with torch.no_grad():
-        want = case.exact(*(leaf.double() for leaf in case.leaves))
-        for name, form in case.forms.items():
-            if "failed" not in figures["forms"][name]:
-                figures["forms"][name]["relative error"] = relative(form(), want)
+    errors_of_forms(case, figures)
     return figures

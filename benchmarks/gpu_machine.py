@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.cases import Case, relative
 from benchmarks.measure import copy_rate, peak_bytes, product_rate, synchronize, timings
 
 Call = Callable[[], object]
@@ -78,6 +79,15 @@ def measured(
     for key, unit in (("times as fast as", "ms"), ("times as fast until the end as", "wall ms")):
         figures[key] = {name: figures["forms"][name][unit] / ours[unit] for name in able if name != mine}
     return figures
+
+
+def errors_of_forms(case: Case, figures: Figures) -> None:
+    """Write into the figures how far each form that could run is from float64."""
+    with torch.no_grad():
+        want = case.exact(*(leaf.double() for leaf in case.leaves))
+        for name, form in case.forms.items():
+            if "failed" not in figures["forms"][name]:
+                figures["forms"][name]["relative error"] = relative(form(), want)
 
 
 def forward_only(form: Callable[[], Tensor]) -> Call:

@@ -24,7 +24,7 @@ from benchmarks import (
 from benchmarks import bench_gated_attention_pool as gate
 from benchmarks.bags import ragged
 from benchmarks.cases import Case, check
-from benchmarks.gpu_machine import Call, Figures, Item, Machine, last_line, measured
+from benchmarks.gpu_machine import Call, Figures, Item, Machine, errors_of_forms, last_line, measured
 from benchmarks.measure import peak_bytes, timings
 from momkd import Bags, dispatch
 
@@ -54,7 +54,9 @@ def op(m: Machine, small: Callable[[], Case], large: Callable[[], Case]) -> Figu
     """One op forward and backward beside its peers, checked on fewer rows."""
     error = check(small())
     case = large()
-    return {"relative error": error, **case.facts, **measured(m, case.steps(), case.work, case.dtype)}
+    figures = {"relative error": error, **case.facts, **measured(m, case.steps(), case.work, case.dtype)}
+    errors_of_forms(case, figures)
+    return figures
 
 
 def layer(m: Machine, full: int) -> Figures:

@@ -52,11 +52,24 @@ def test_every_item_gives_figures_on_the_cpu(tmp_path: Path, capsys: pytest.Capt
     forms = held["sections"]["peers"]["forward and backward"]["forms"]
     assert list(forms) == ["momkd", "loop over bags", "flattened", "flattened, torch.compile", "padded batch"]
     assert not [name for name, each in forms.items() if "failed" in each]
+    for op in ("memory_guided_pool", "attention_pool", "memory_similarity max", "soft_angle_loss"):
+        assert all("relative error" in form for form in held["sections"]["ops"][op]["forms"].values()), op
+    assert held["conditions"]["date"]
     steps = held["sections"]["training step"]
     assert all(step["forms"]["momkd"]["slides a second"] > 0 for step in steps.values())
     table = capsys.readouterr().out
     assert "gated_attention_pool: 200 patches, 32 bags, L=64, fwd+bwd" in table
     assert "FAILED" not in table
+
+
+def test_the_table_has_no_ratio_to_a_wrong_peer() -> None:
+    def form(ms: float, error: float) -> dict[str, float]:
+        return {"ms": ms, "wall ms": ms, "host us": 1.0, "relative error": error}
+
+    forms = {"momkd": form(1.0, 0.002), "loop": form(2.0, 0.003), "flattened": form(9.0, 10.0)}
+    part = {"forms": forms, "times as fast as": {"loop": 2.0, "flattened": 9.0}}
+    _, line = gpu_figures.lines({"sections": {"peers": {"forward": part}}, "left out": []})
+    assert line.endswith("loop 2.00, flattened WRONG")
 
 
 def test_all_sizes_are_planned_and_none_twice() -> None:

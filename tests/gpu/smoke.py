@@ -1,8 +1,8 @@
 """Whether every op is right on this machine, in under a minute: `python -m tests.gpu.smoke --out FILE`.
 
-Each op in float32, bfloat16 and float16, forward and backward, on small ragged bags, by the backend that dispatch
-chooses, against float64. One line each: op, dtype, pass, backend, the error nearest to its limit, that limit, seconds.
-The same goes into FILE as JSON. Exit code 1 where anything is wrong.
+Each op in float32, bfloat16 and float16 (or those that `--dtypes` names), forward and backward, on small ragged bags,
+by the backend that dispatch chooses, against float64. One line each: op, dtype, pass, backend, the error nearest to its
+limit, that limit, seconds. The same goes into FILE as JSON. Exit code 1 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.gpu.check import Finding, backward, cotangents, forward, gradients, l
 
 LENGTHS = (0, 1, 15, 16, 17, 0, 700, 127, 128, 129, 3, 0)
 TINY = (0, 1, 15, 33, 0)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Report = Callable[..., None]
 
 OPS: dict[str, Callable[[Inputs], Case]] = {
@@ -133,6 +133,15 @@ def check_ema(given: Inputs, report: Report) -> None:
     )
 
 
+def dtypes_of(names: str) -> list[torch.dtype]:
+    """Return the dtypes of names with commas between them."""
+    wanted = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in DTYPES]:
+        expected = "some of " + ",".join(DTYPES)
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {unknown[0]!r}; write --dtypes float32,bfloat16")
+    return [DTYPES[name] for name in dict.fromkeys(wanted)]
+
+
 def nearest_to_its_limit(figures: Iterable[Finding]) -> Finding:
     return max(figures, key=lambda f: (not f.right, f.error / f.allowed if f.allowed else 0.0))
 
@@ -142,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     parser.add_argument("--device", default="cuda", help="cuda, or another of torch's")
     parser.add_argument("--tiny", action="store_true", help="few rows and narrow: for the interpreter on a CPU")
+    every = ",".join(DTYPES)
+    parser.add_argument("--dtypes", type=dtypes_of, default=every, help=f"names with commas between; default {every}")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     began = time.perf_counter()
@@ -179,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         write()
 
     interpreter.round_to_nearest()
-    for dtype in DTYPES:
+    for dtype in options.dtypes:
         for name in OPS:
             given = Inputs(TINY if options.tiny else LENGTHS, dtype, device)
             guarded(name, dtype, partial(check_op, name, given, options.tiny))
