@@ -28,11 +28,12 @@ USERS = {
     *("train", "evaluate", "predict", "explain", "simulate", "demo", "report", "page", "study"),
     *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed"),
 }
-LIBRARY = GROUND | BACKENDS | {"env", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
+LIBRARY = GROUND | BACKENDS | {"env", "budget", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "env": {"errors"},
+    "budget": {"env"},
     "graph": {"errors"},
     "bags": {"errors", "graph"},
     **dict.fromkeys(SIDE, GROUND | SIDE),
@@ -42,14 +43,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cuda": GROUND | {"env", "_cuda"},
     "gpu": GROUND | {"env", "kernels"},
     "dispatch": GROUND | BACKENDS - {"reference"} | {"env"},
-    "ops": GROUND | BACKENDS | {"dispatch"},
-    "functional": GROUND | {"ops", "dispatch", "reference"},
+    "ops": GROUND | BACKENDS | {"dispatch", "budget"},
+    "functional": GROUND | {"ops", "dispatch", "reference", "budget"},
     "nn": GROUND | {"functional", "reference"},  # definitions: softmax over bags, to look at
     **dict.fromkeys(ASSEMBLED, GROUND | ASSEMBLED | {"nn", "functional", "reference", "config"}),
     "compat": GROUND | ASSEMBLED | {"nn", "functional", "reference", "config", "dispatch"},
     **dict.fromkeys(USERS, LIBRARY | SIDE | USERS | {"momkd"}),
     "cli": LIBRARY | SIDE | USERS | {"momkd"},
-    "momkd": {"bags", "doctor", "gpu"},  # and by name, when asked: see __getattr__
+    "momkd": {"bags", "budget", "doctor", "gpu"},  # and by name, when asked: see __getattr__
     "__main__": {"cli"},
 }
 
