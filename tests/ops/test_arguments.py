@@ -201,6 +201,7 @@ def _native_calls() -> dict[str, tuple[Any, str, list[Any]]]:
     usage, t, n = torch.ones(2, 3), torch.tensor(0.5), "native"
     no, both = None, [True, True]
     angle, far = [0.3, 5.0, 20.0, n], torch.full_like(slots, 10**9)
+    end = [0.0, no, 0, n]  # of the gate: dropout, its seed, and what may be kept
     return {
         "scores of fewer rows": (op.attention_pool, "scores", [x, s[:3], o, n]),
         "int64 offsets": (op.attention_pool, "offsets", [x, s, o.long(), n]),
@@ -208,11 +209,11 @@ def _native_calls() -> dict[str, tuple[Any, str, list[Any]]]:
         "integer values": (op.attention_pool, "values", [x.int(), s, o, n]),
         "values (B, N, L)": (op.attention_pool, "values", [x[None], s, o, n]),
         "a smaller gradient": (op.attention_pool_backward, "grad", [x[:1], x, s, o, x, x, both, n]),
-        "w_v of another width": (op.gated_attention_pool, "w_v", [x, o, w[:, :3], no, no, no, s[:2].T, no, 0.0, no, n]),
-        "w_a of another width": (op.gated_attention_pool, "w_v", [x, o, w, no, no, no, w[:1], no, 0.0, no, n]),
-        "w_u of fewer rows": (op.gated_attention_pool, "w_u", [x, o, w, no, w[:2], no, w[:1, :5], no, 0.0, no, n]),
-        "b_v too short": (op.gated_attention_pool, "b_v", [x, o, w, w[0, :1], no, no, w[:1, :5], no, 0.0, no, n]),
-        "b_a too short": (op.gated_attention_pool, "b_a", [x, o, w, no, no, no, w[:2, :5], w[0, :1], 0.0, no, n]),
+        "w_v of another width": (op.gated_attention_pool, "w_v", [x, o, w[:, :3], no, no, no, s[:2].T, no, *end]),
+        "w_a of another width": (op.gated_attention_pool, "w_v", [x, o, w, no, no, no, w[:1], no, *end]),
+        "w_u of fewer rows": (op.gated_attention_pool, "w_u", [x, o, w, no, w[:2], no, w[:1, :5], no, *end]),
+        "b_v too short": (op.gated_attention_pool, "b_v", [x, o, w, w[0, :1], no, no, w[:1, :5], no, *end]),
+        "b_a too short": (op.gated_attention_pool, "b_a", [x, o, w, no, no, no, w[:2, :5], w[0, :1], *end]),
         "memory of another width": (op.memory_similarity, "memory", [z[:, :3], m, "max", 5.0, n]),
         "memory of one class": (op.memory_similarity, "memory", [z, m[0], "max", 5.0, n]),
         "slots far": (op.memory_similarity_backward, "slots", [s, z, m, far, "max", 5.0, both, n]),
