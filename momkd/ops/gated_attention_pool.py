@@ -109,6 +109,12 @@ def gated_attention_pool_backward(
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
     saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
     where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    columns = w_v.shape[0] * (1 if w_u is None else 2)
+    if kept.shape not in ((0,), (x.shape[0], columns)) or kept.dtype != (x.dtype if kept.ndim == 2 else kept.dtype):
+        raise ValueError(
+            f"kept: expected {x.dtype} ({x.shape[0]}, {columns}) as forward gave it, or (0,), got {kept.dtype} "
+            f"{tuple(kept.shape)}"
+        )
     more = {"kept": kept} if kept.ndim == 2 else {}
     grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved, **more)
     return _gradients.pack(grads, needs)
