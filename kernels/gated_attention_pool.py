@@ -299,14 +299,18 @@ def gated_attention_pool_backward(
     d_weights = [None if d_packed is None else d_packed[i::branches] for i in (0, branches - 1)]
     found = (d_weights[0], d_small[0], d_weights[1], d_small[branches - 1], d_small[branches:])
     d_parameters = [
-        # Each of its own memory: these are parts of larger tensors.
-        gradient.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-        if need and gradient is not None and like is not None
-        else None
-        for need, gradient, like in zip(needs[1:6], found, parameters[:5], strict=True)
+        _copy(part, like.dtype) if need and part is not None and like is not None else None
+        for need, part, like in zip(needs[1:6], found, parameters[:5], strict=True)
     ]
     b_a = parameters.b_a
     return (d_x, *d_parameters, d_scores.sum(0).to(b_a.dtype) if needs[6] and b_a is not None else None)
+
+
+def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part of a larger tensor as a contiguous tensor of its own, by one copy whatever the dtype."""
+    if part.dtype == dtype:
+        return part.clone(memory_format=torch.contiguous_format)
+    return part.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _gate_backward(

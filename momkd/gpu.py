@@ -167,7 +167,7 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
             if first is not None:
                 return False, f"takes tensors of one device, got {first} and {device}"
             first = device
-        if t.dtype not in _DTYPES and t.is_floating_point():
+        if t.is_floating_point() and t.dtype not in _DTYPES:
             return False, f"takes float16, bfloat16 and float32, got {str(t.dtype).removeprefix('torch.')}"
     if op in _LIMITS and (reason := _LIMITS[op](args)):
         return False, reason
