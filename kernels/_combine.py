@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import INF, launch, multiple, work
+from momkd.kernels._common import INF, cdiv, launch, multiple, next_power_of_2, work
 from momkd.kernels._tuning import Tiles
 
 GROUP = 256  # tiles: 16,384 rows of a bag where a tile has 64
@@ -150,8 +150,8 @@ def combine(parts: Tensor, part_stats: Tensor, offsets: Tensor, like: Tensor, ti
     """Partials of tiles (T, H, L), (T, H, 2) -> pooled (B, H, L) in the dtype of `like`, stats (B, H, 2)."""
     bags, (slots, heads, width) = offsets.shape[0] - 1, parts.shape
     pooled, stats = like.new_empty(bags, heads, width), parts.new_empty(bags, heads, 2)
-    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
-    programs = triton.cdiv(width, columns) * heads  # of a bag or a group
+    columns = min(_COLUMNS, max(16, next_power_of_2(width)))
+    programs = cdiv(width, columns) * heads  # of a bag or a group
     meta = {"HEADS": heads, "BLOCK": tiles.rows, "TILES": _TILES, "COLUMNS": columns, "ALIGN": math.gcd(16, width)}
     group = 1
     if slots > GROUP:

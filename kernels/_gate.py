@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import dropout_words, launch, multiple, work
+from momkd.kernels._common import dropout_words, launch, multiple, next_power_of_2, work
 from momkd.kernels._tuning import chip
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
@@ -26,6 +26,7 @@ class Gate(NamedTuple):
         tensors: b_v, b_u, w_a, b_a and the seed of dropout; absent ones get a placeholder that no kernel reads.
         flags: the kernels' switches.
         hidden, heads, branches: D, H, and 2 with the σ branch, else 1.
+        columns, align: of the products, and the power of two, 16 at most, that divides them.
         threshold, scale: of dropout.
     """
 
@@ -34,13 +35,10 @@ class Gate(NamedTuple):
     hidden: int
     heads: int
     branches: int
+    columns: int
+    align: int
     threshold: int
     scale: float
-
-    @property
-    def columns(self) -> int:
-        """Columns of the products."""
-        return self.branches * self.hidden
 
 
 @triton.jit(launch_metadata=work("packed", lambda _: 0))
@@ -74,20 +72,25 @@ def gate_of(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tenso
     """Return the parameters for features `x`."""
     _, b_v, w_u, b_u, w_a, b_a = parameters
     heads, hidden = w_a.shape
+    branches = 1 if w_u is None else 2
+    columns = branches * hidden
+    align = min(16, columns & -columns)
     seed = seed if dropout_p > 0 else None
     flags = {
         "HEADS": heads,
+        "HEADS_PADDED": next_power_of_2(heads),
         "GATED": w_u is not None,
         "BIAS_V": b_v is not None,
         "BIAS_U": b_u is not None,
         "BIAS_A": b_a is not None,
         "DROPOUT": seed is not None,
         "FAST": x.dtype != torch.float32 and not _INTERPRETED and chip(x.device).startswith("sm_"),
+        "ALIGN": align,
     }
     w_a = _dense(w_a)
     tensors = [w_a if t is None else _dense(t) for t in (b_v, b_u, None, b_a, seed)]
-    branches = 1 if w_u is None else 2
-    return Gate(tensors, flags, hidden, heads, branches, keep_threshold(dropout_p), keep_scale(dropout_p))
+    dropped = keep_threshold(dropout_p), keep_scale(dropout_p)
+    return Gate(tensors, flags, hidden, heads, branches, columns, align, *dropped)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -36,17 +36,15 @@ ROOMY = ("sm_90", "sm_100", "sm_103")
 
 def chip(device: torch.device) -> str:
     """sm_90, or another of NVIDIA's; gfx for AMD's. Interpreted, kernels are cut as for sm_90."""
-    if CHIP is not None:
-        return CHIP
+    return _chip(device) if CHIP is None else CHIP
+
+
+@cache  # every call of a kernel asks
+def _chip(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
         return "gfx"
-    return _capability(device)
-
-
-@cache
-def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -138,6 +136,8 @@ class Candidates(NamedTuple, Generic[T]):
         found = self.fitted(like, *sizes)
         if CANDIDATE is not None:
             return found[min(CANDIDATE, len(found) - 1)]
+        if len(found) == 1 or STORE.has_nothing():
+            return found[0]  # what `STORE.choose` would take, without a key for it
         return STORE.choose(key_of(op, like, sizes), found, run, like.device)
 
 
@@ -182,16 +182,23 @@ class Store:
 
     def configure(self, folder: Path | None, measure: Callable[[Callable[[], object]], float] | None) -> None:
         """Another folder is read anew."""
-        if folder != self.folder:
+        if folder is not self.folder and folder != self.folder:
             self.folder, self._known = folder, None
         self.measure = measure
+
+    def has_nothing(self) -> bool:
+        """Whether no tiles were chosen before, in this process or on disk, and none are to be."""
+        if self._known is None:
+            self._known = self._read()
+        return self.measure is None and not self._known
 
     def choose(self, key: str, candidates: Sequence[T], run: Callable[[T], object], device: torch.device) -> T:
         """What was chosen before, else the quickest where tuning was asked for, else the first candidate."""
         if self._known is None:
             self._known = self._read()
-        for tiles in candidates:
-            if list(tiles) == self._known.get(key):
+        held = self._known.get(key)
+        for tiles in candidates if held is not None else ():
+            if list(tiles) == held:
                 return tiles
         measure = self.measure
         if measure is None or len(candidates) == 1 or _recording(device):

@@ -15,6 +15,7 @@ from torch import Tensor
 from momkd.kernels._common import (
     INF,
     alignment,
+    cdiv,
     launch,
     locate_tile,
     multiple,
@@ -106,12 +107,12 @@ def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Ten
     """values (N, L), scores (N, H), offsets (B+1,) -> pooled (B, H, L) in the dtype of values, stats (B, H, 2)."""
     values, scores = rows_of(values), scores.contiguous()
     sizes = values.shape[1], scores.shape[1], alignment(values)
-    run = partial(_one_head if scores.shape[1] == 1 else _attention_pool, values, scores, offsets)
+    run = partial(_one_head if scores.shape[1] == 1 else _attention_pool, values, scores, offsets, sizes[2])
     table, name = (POOL_ONE_HEAD, "attention_pool 1") if scores.shape[1] == 1 else (POOL, "attention_pool")
     return run(table.choose(name, values, *sizes, run=run))
 
 
-def _one_head(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def _one_head(values: Tensor, scores: Tensor, offsets: Tensor, align: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
     bags, (rows, width) = offsets.shape[0] - 1, values.shape
     whole = tiles._replace(rows=tiles.rows * STEPS)
     programs = tile_programs(rows, bags, whole.rows)
@@ -119,7 +120,7 @@ def _one_head(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tiles) -> 
     part_stats = values.new_empty(programs, 1, 2, dtype=torch.float32)
     launch(
         attention_pool_one_head_kernel,
-        (programs, triton.cdiv(width, tiles.columns)),
+        (programs, cdiv(width, tiles.columns)),
         values,
         values.stride(0),
         scores,
@@ -131,14 +132,14 @@ def _one_head(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tiles) -> 
         BLOCK=whole.rows,
         STEP=tiles.rows,
         COLUMNS=tiles.columns,
-        ALIGN=alignment(values),
+        ALIGN=align,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
     return combine(parts, part_stats, offsets, values, whole)
 
 
-def _attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def _attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, align: int, tiles: Tiles) -> tuple[Tensor, Tensor]:
     bags, (rows, width), heads = offsets.shape[0] - 1, values.shape, scores.shape[1]
     programs = tile_programs(rows, bags, tiles.rows)
     parts = values.new_empty(programs, heads, width, dtype=torch.float32)
@@ -158,7 +159,7 @@ def _attention_pool(values: Tensor, scores: Tensor, offsets: Tensor, tiles: Tile
         HEADS_PADDED=padded_heads(heads),
         BLOCK=tiles.rows,
         COLUMNS=tiles.columns,
-        ALIGN=alignment(values),
+        ALIGN=align,
         PRECISION=precision(values.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from momkd.kernels._common import cdiv, launch, multiple, next_power_of_2, rows_of, work
+from momkd.kernels._common import cdiv, launch, multiple, rows_of, work
 from momkd.kernels._gate import Gate, gate_of, keep_masks, load_gate, pack_weights
 from momkd.kernels._tuning import GATE_BACKWARD, GATE_SCORES, Tiles, register_limit
 from momkd.kernels.attention_pool import attention_pool
@@ -297,15 +297,20 @@ def gated_attention_pool_backward(
         pool_backward(grad_pooled, x, scores, stats, offsets, (True, False), add_to=d_x)
     branches = gate.branches
     d_weights = [None if d_packed is None else d_packed[i::branches] for i in (0, branches - 1)]
-    d_b_a = d_scores.sum(0) if needs[6] else None
-    found = (d_x, d_weights[0], d_small[0], d_weights[1], d_small[branches - 1], d_small[branches:], d_b_a)
-    given = (x, *parameters)
-    return tuple(
-        gradient.to(like.dtype, copy=gradient is not d_x, memory_format=torch.contiguous_format)
-        if need and gradient is not None and like is not None
-        else None
-        for need, gradient, like in zip(needs, found, given, strict=True)
-    )
+    found = (d_weights[0], d_small[0], d_weights[1], d_small[branches - 1], d_small[branches:])
+    d_parameters = [
+        _copy(part, like.dtype) if need and part is not None and like is not None else None
+        for need, part, like in zip(needs[1:6], found, parameters[:5], strict=True)
+    ]
+    b_a = parameters.b_a
+    return (d_x, *d_parameters, d_scores.sum(0).to(b_a.dtype) if needs[6] and b_a is not None else None)
+
+
+def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part of a larger tensor as a contiguous tensor of its own, by one copy whatever the dtype."""
+    if part.dtype == dtype:
+        return part.clone(memory_format=torch.contiguous_format)
+    return part.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _gate_backward(
@@ -328,9 +333,11 @@ def _gate_backward(
     step, each = _chunk(x, gate), tiles.rows * STEPS
     parts = x.new_empty(cdiv(rows, each), gate.branches + gate.heads, gate.hidden, dtype=torch.float32)
     d_packed: Tensor | None = None
-    space, inverse = x.new_empty(step, gate.columns), x.new_empty((), dtype=torch.float32)
+    space = x.new_empty(step, gate.columns)
+    inverse = x.new_empty((), dtype=torch.float32) if scaled else d_scores
     b_v, b_u, w_a, _, seed = gate.tensors
-    cut = {name: value for name, value in _cut(x, gate, tiles).items() if name != "BIAS_A"}
+    cut = _cut(x, gate, tiles)
+    del cut["BIAS_A"]
     for first in range(0, rows, step or 1):
         end = min(first + step, rows)
         chunk, d_products = (x, space) if step == rows else (x[first:end], space[: end - first])
@@ -397,19 +404,17 @@ def _cut(x: Tensor, gate: Gate, tiles: Tiles) -> dict[str, Any]:
     return {
         **gate.flags,
         **register_limit(x.device),
-        "HEADS_PADDED": next_power_of_2(gate.heads),
         "BLOCK": tiles.rows,
         "GATE": tiles.columns,
-        "ALIGN": min(16, gate.columns & -gate.columns),
         "num_warps": tiles.warps,
     }
 
 
 def _sizes(gate: Gate) -> tuple[int, int, int]:
     """What tiles are fitted to."""
-    return gate.hidden, gate.heads, min(16, gate.columns & -gate.columns)
+    return gate.hidden, gate.heads, gate.align
 
 
 def _named(op: str, gate: Gate) -> str:
     """The op with the switches that make other kernels of it."""
-    return " ".join([op, *(name.lower() for name in ("GATED", "DROPOUT") if gate.flags[name])])
+    return f"{op}{' gated' * gate.flags['GATED']}{' dropout' * gate.flags['DROPOUT']}"

@@ -190,10 +190,10 @@ def pool_backward(
     `add_to` (N, L): the gradient of the values is added to it in place.
     """
     grad, weights = grad.contiguous(), weights.contiguous()
-    run = partial(_pool_backward, grad, values, weights, stats, offsets, needs)
     sizes = values.shape[1], weights.shape[1], alignment(values)
+    run = partial(_pool_backward, grad, values, weights, stats, offsets, needs, sizes[2])
     # What the gradient asks for is part of the op: each is another kernel. Tried out, nothing is added to.
-    op = f"pool_backward {'values ' * needs[0]}{'scores ' * needs[1]}".strip()
+    op = f"pool_backward{' values' * needs[0]}{' scores' * needs[1]}"
     return run(POOL_BACKWARD.choose(op, values, *sizes, run=run), add_to)
 
 
@@ -204,6 +204,7 @@ def _pool_backward(
     stats: Tensor | None,
     offsets: Tensor,
     needs: tuple[bool, bool],
+    align: int,
     tiles: Tiles,
     add_to: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -233,7 +234,7 @@ def _pool_backward(
         ADD_VALUES=add_to is not None,
         NEED_SCORES=d_scores is not None,
         COLUMNS=tiles.columns,
-        ALIGN=alignment(values),
+        ALIGN=align,
         PRECISION=precision(values.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -105,7 +105,8 @@ def child_threads(count: int) -> Iterator[None]:
 
 
 def _switched_on(name: str) -> bool:
-    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on", "y")
+    text = os.environ.get(name, "")
+    return text != "" and text.strip().lower() in ("1", "true", "yes", "on", "y")
 
 
 def _count(name: str, default: int, *, least: int) -> int:

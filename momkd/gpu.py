@@ -39,7 +39,8 @@ def _gate_sizes(x: Tensor | None = None, _: Any = None, w_v: Any = None, __: Any
     """Why the kernels don't take this gate; empty if they do."""
     if x is None or w_v is None or w_a is None:
         return ""
-    for size, (what, most) in zip((w_a.shape[0], w_v.shape[0], x.shape[1]), _GATE_SIZES, strict=True):
+    sizes = w_a.shape[0], w_v.shape[0], x.shape[1]
+    for size, (what, most) in zip(sizes, _GATE_SIZES):  # noqa: B905 (as many as sizes)
         if not 1 <= size <= most:
             return f"takes 1 to {most} {what}, got {size}"
     return ""
@@ -155,17 +156,17 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     """Whether the Triton kernels of `op` take these tensors; without tensors, whether they run here at all."""
     wanted = "cpu" if env.triton_interpreted() else "cuda"
     first = None
-    for t in args:
+    for t in args:  # every call of an op asks: what is usual is found with few calls of torch
         if t is None:
             continue
         device = t.device
-        if device.type != wanted:
-            where = "runs on a GPU" if wanted == "cuda" else "TRITON_INTERPRET runs kernels on the CPU"
-            return False, f"{where}, the tensors are on {device}"
-        if first is None:
+        if device != first:
+            if device.type != wanted:
+                where = "runs on a GPU" if wanted == "cuda" else "TRITON_INTERPRET runs kernels on the CPU"
+                return False, f"{where}, the tensors are on {device}"
+            if first is not None:
+                return False, f"takes tensors of one device, got {first} and {device}"
             first = device
-        elif device != first:
-            return False, f"takes tensors of one device, got {first} and {device}"
         if t.is_floating_point() and t.dtype not in _DTYPES:
             return False, f"takes float16, bfloat16 and float32, got {str(t.dtype).removeprefix('torch.')}"
     if op in _LIMITS and (reason := _LIMITS[op](args)):

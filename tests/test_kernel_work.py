@@ -49,7 +49,7 @@ def test_operations_and_bytes_of_the_gate() -> None:
     (pack,) = said["pack_gate_kernel"][1:]  # the second is backward's
     assert pack["bytes"] == 2 * 2 * (2 * hidden * width)
     parts = 4 * 3 * hidden
-    assert gradient["bytes"] == 2 * products + small - 2 + 4 * n + parts + 4
+    assert gradient["bytes"] == 2 * products + small - 2 + 4 * n + parts
     # Not kept, products are made again where their gradients will lie: as many bytes.
     (again,) = told(Case("gated_attention_pool", HALF, sizes))["gate_gradient_kernel"]
     assert again == gradient

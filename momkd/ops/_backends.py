@@ -14,7 +14,11 @@ from momkd.dispatch import choose
 
 def backend_of(op: str, backend: str, args: Sequence[Tensor | None]) -> Any:
     """The module whose functions run `op` on these tensors: the named backend or the best that can."""
-    chosen = choose(op, backend, args)
+    return module_of(op, choose(op, backend, args))
+
+
+def module_of(op: str, chosen: str) -> Any:
+    """The module whose functions run `op` by a backend that `choose` has named."""
     return gpu.kernels(op) if chosen == "triton" else _module(op, chosen)
 
 

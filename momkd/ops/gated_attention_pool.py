@@ -10,7 +10,7 @@ from torch import Tensor
 from momkd import budget
 from momkd.dispatch import choose
 from momkd.ops import _gradients
-from momkd.ops._backends import backend_of
+from momkd.ops._backends import backend_of, module_of
 from momkd.ops._register import call_backward, custom_op, register_autograd, register_fake
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.segments import accumulate_dtype
@@ -36,9 +36,9 @@ def gated_attention_pool(
     `kept_bytes`: what may be kept for backward; 0 nothing, −1 as much as `budget.allowed` says.
     """
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
-    where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
-    keep = _kept_columns(x, offsets, w_v, w_u, w_a, kept_bytes, backend) > 0
-    if keep:
+    chosen = choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+    where = module_of("gated_attention_pool", chosen)
+    if _kept_columns(x, w_v, w_u, kept_bytes, chosen):
         kept: tuple[Tensor, Tensor, Tensor, Tensor] = where.gated_attention_pool_kept(
             x, offsets, parameters, dropout_p, seed
         )
@@ -47,11 +47,9 @@ def gated_attention_pool(
     return pooled, scores, stats, x.new_empty(0)
 
 
-def _kept_columns(
-    x: Tensor, offsets: Tensor, w_v: Tensor, w_u: Tensor | None, w_a: Tensor, kept_bytes: int, backend: str
-) -> int:
-    """Columns of the products that are kept of each row; 0 where nothing is."""
-    if kept_bytes == 0 or choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a)) != "triton":
+def _kept_columns(x: Tensor, w_v: Tensor, w_u: Tensor | None, kept_bytes: int, chosen: str) -> int:
+    """Columns of the products that this backend keeps of each row; 0 where nothing is."""
+    if kept_bytes == 0 or chosen != "triton":
         return 0
     columns = w_v.shape[0] * (1 if w_u is None else 2)
     fits = x.shape[0] * columns * x.element_size() <= budget.allowed(kept_bytes, x.device)
@@ -75,7 +73,10 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = x.shape
     bags, heads, dtype = offsets.shape[0] - 1, w_a.shape[0], accumulate_dtype(x.dtype)
-    columns = _kept_columns(x, offsets, w_v, w_u, w_a, kept_bytes, backend)
+    columns = 0
+    if kept_bytes != 0:
+        chosen = choose("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+        columns = _kept_columns(x, w_v, w_u, kept_bytes, chosen)
     return (
         x.new_empty((bags, heads, width)),
         x.new_empty((rows, heads), dtype=dtype),
@@ -108,15 +109,18 @@ def gated_attention_pool_backward(
     """The seven gradients in the order x, w_v, b_v, w_u, b_u, w_a, b_a; empty where not needed."""
     parameters = GateParameters(w_v, b_v, w_u, b_u, w_a, b_a)
     saved = x, offsets, parameters, dropout_p, seed, pooled, scores, stats, tuple(needs)
-    where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
-    columns = w_v.shape[0] * (1 if w_u is None else 2)
-    if kept.shape not in ((0,), (x.shape[0], columns)) or kept.dtype != (x.dtype if kept.ndim == 2 else kept.dtype):
-        raise ValueError(
-            f"kept: expected {x.dtype} ({x.shape[0]}, {columns}) as forward gave it, or (0,), got {kept.dtype} "
-            f"{tuple(kept.shape)}"
-        )
-    more = {"kept": kept} if kept.ndim == 2 else {}
-    grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved, **more)
+    if kept.ndim == 2:  # Triton alone keeps something, and for itself
+        columns = w_v.shape[0] * (1 if w_u is None else 2)
+        if kept.shape != (x.shape[0], columns) or kept.dtype != x.dtype:
+            raise ValueError(
+                f"kept: expected what forward gave, {x.dtype} ({x.shape[0]}, {columns}), got {kept.dtype} "
+                f"{tuple(kept.shape)}; leave it (0,) to compute it again"
+            )
+        where = module_of("gated_attention_pool", "triton")
+        grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved, kept)
+    else:
+        where = backend_of("gated_attention_pool", backend, (x, offsets, w_v, w_u, w_a))
+        grads = where.gated_attention_pool_backward(grad_pooled, grad_scores, *saved)
     return _gradients.pack(grads, needs)
 
 
@@ -158,7 +162,8 @@ def _backward(
     saved = ctx.saved_tensors
     if grad_pooled is None:
         grad_pooled = torch.zeros_like(saved[-4])
-    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6, 7)]
+    needs_x, _, *rest = ctx.needs_input_grad
+    needs = [needs_x, *rest[:6]]
     grads = call_backward(
         gated_attention_pool_backward, grad_pooled, grad_scores, *saved, ctx.dropout_p, needs, ctx.backend
     )

@@ -333,3 +333,16 @@ def test_opcheck(size: int, gated: bool) -> None:
         (*given_grads, *saved, pooled, scores, stats, kept, 0.4, needs, "triton"),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("wrong", ["rows", "columns", "dtype"])
+def test_what_backward_is_given_must_be_what_forward_kept(wrong: str) -> None:
+    x, w = torch.randn(5, WIDTH), torch.randn(HIDDEN, WIDTH)
+    kept = torch.zeros(4 if wrong == "rows" else 5, HIDDEN - (wrong == "columns"))
+    kept = kept.double() if wrong == "dtype" else kept
+    scores, stats, pooled = torch.zeros(5, 1), torch.zeros(1, 1, 2), torch.zeros(1, 1, WIDTH)
+    given = [x, torch.tensor([0, 5], dtype=torch.int32), w, None, None, None, w[:1, :HIDDEN].new_zeros(1, HIDDEN), None]
+    with pytest.raises(ValueError, match="kept: expected what forward gave"):
+        torch.ops.momkd.gated_attention_pool_backward(
+            pooled, None, *given, None, pooled, scores, stats, kept, 0.0, [True] * 7, ""
+        )
