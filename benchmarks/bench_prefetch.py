@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_data_path import simulated
-from benchmarks.measure import interleaved, must_agree, on_each_device, require
+from benchmarks.measure import interleaved, must_agree, on_each_device, record, require
 from momkd.config import Config
 from momkd.data.batch import Batch
 from momkd.data.batches import BagLoader
@@ -125,7 +125,7 @@ def test_training_epoch(benchmark: Any, full: bool, device: str, source: str, tm
         "dtype": str(cohort.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    benchmark.pedantic(runs[ours], rounds=1)
+    record(benchmark, runs[ours], device, rounds=1)
 
 
 @pytest.mark.parametrize("megabytes", [4, 64, 512])
@@ -152,4 +152,4 @@ def test_copy_to_the_cuda_device(benchmark: Any, megabytes: int) -> None:
         benchmark.extra_info[f"seconds of {name}"] = each
         benchmark.extra_info[f"GB/s of {name}"] = pageable.nbytes / each / 1e9
     benchmark.extra_info |= {"MB": megabytes, "device": torch.cuda.get_device_name()}
-    benchmark.pedantic(calls["pinned memory"], rounds=3)
+    record(benchmark, calls["pinned memory"], "cuda")
