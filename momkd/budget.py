@@ -23,8 +23,8 @@ def gate_memory(size: int) -> Iterator[None]:
     Where gradients are wanted, the Triton backend keeps the products of the features with the weights of the gate:
     N · 2D values in the dtype of the features (N · D without the σ branch), 1 KB a patch for D = 256 in 16-bit types.
     Backward then takes two matrix products; above the budget it makes them again, a bounded chunk at a time, and takes
-    three. The numbers agree to rounding. Without this block, MOMKD_GATE_MEMORY says how many bytes, else one eighth of the
-    memory of the device. The other backends keep nothing.
+    three. The numbers agree to rounding. Without this block, MOMKD_GATE_MEMORY says how many bytes, else one eighth of
+    the memory of the device. The other backends keep nothing.
 
     Args:
         size: bytes a call may keep; 0 keeps nothing.
