@@ -27,13 +27,13 @@ VARIANTS = [(torch.bfloat16, 0.0, 1), (torch.bfloat16, 0.25, 1), (torch.bfloat16
 
 
 def parameters(device: str, dtype: torch.dtype, width: int, hidden: int, heads: int) -> GateParameters:
-    """Random weights and biases."""
+    """Return random weights and biases."""
     shapes = [(hidden, width), (hidden,), (hidden, width), (hidden,), (heads, hidden), (heads,)]
     return GateParameters(*((torch.randn(*s, device=device) / s[-1] ** 0.5).to(dtype) for s in shapes))
 
 
 def pieces(x: Tensor, w: GateParameters, offsets: Tensor, p: float, seed: Tensor) -> Calls:
-    """What a forward and a backward of the gate are made of, after a check of the scores."""
+    """Check the scores, and return the pieces of a forward and a backward of the gate."""
     gate, packed = gate_of(x, w, p, seed), pack_weights(x, w.w_v, w.w_u)
     scores, products = gated_attention_pool.gate_scores(x, gate, packed, True)
     some, ends = x[:CHECKED].double(), torch.tensor([0, min(CHECKED, len(x))], dtype=torch.int32, device=x.device)
@@ -74,7 +74,7 @@ TABLES = {
 
 
 def candidates(calls: Calls, dtype: torch.dtype, heads: int) -> Calls:
-    """Each piece with each candidate of its tiles."""
+    """Return each piece with each candidate of its tiles."""
     made: Calls = {}
     for table, piece in TABLES.items():
         if (table == "POOL" and heads == 1) or (table == "POOL_ONE_HEAD" and heads > 1):

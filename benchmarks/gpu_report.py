@@ -63,12 +63,12 @@ class Step:
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module."""
+    """Return the command that runs a module."""
     return [sys.executable, "-u", "-m", module, *arguments]
 
 
 def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
-    """Steps that ask whether the kernels are right."""
+    """Yield the steps that check the kernels."""
     tiny = ["--tiny", "--device", "cpu"] if rehearse else []
     if not rehearse:
         install = ["install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
@@ -94,7 +94,7 @@ def correctness(work: Path, rehearse: bool) -> Iterator[Step]:
 
 
 def figures(work: Path, rehearse: bool) -> Iterator[Step]:
-    """Steps that measure."""
+    """Yield the steps that measure."""
     out, tiny = ["--out", str(work)], ["--tiny"] if rehearse else []
     compiled = {"TRITON_INTERPRET": "0"}  # interpreted, whole training steps would take minutes
     yield Step("gate_forms", python("benchmarks.gate_forms", *out, *tiny), 50, lines=2 * TABLE)
@@ -113,14 +113,14 @@ def figures(work: Path, rehearse: bool) -> Iterator[Step]:
 
 
 def capability() -> str:
-    """Compute capability of the first GPU as nvcc names it, 90; empty where torch sees none."""
+    """Return the compute capability of the first GPU as nvcc writes it (90), or "" without a GPU."""
     ask = "import torch; print(*torch.cuda.get_device_capability(), sep='')"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def surroundings(rehearse: bool) -> dict[str, str]:
-    """The environment of every step: the repository is importable, and what tools a CUDA toolkit holds is found."""
+    """Return the environment of every step: it can import the repository and finds the CUDA toolkit."""
     names = dict(os.environ)
     toolkit = Path(names.get("CUDA_HOME", "/usr/local/cuda"))
     if (toolkit / "bin" / "nvcc").is_file():
@@ -174,7 +174,7 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last lines of a log that are not empty."""
+    """Return the last non-empty lines of a log."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return "\n".join([line.rstrip()[:180] for line in text.splitlines() if line.strip()][-lines:])
 
@@ -213,7 +213,7 @@ def run_part(part: Part, out: Path, work: Path, rehearse: bool, again: bool, sha
 
 
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the steps printed last, then a line for each step."""
+    """Return the last lines that each step printed, then a line for each step."""
     lines = []
     for part, summary in summaries.items():
         for name, result in summary["steps"].items():

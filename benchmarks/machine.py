@@ -20,7 +20,7 @@ LARGE = 4096  # megabytes of the copy on a GPU
 
 
 def driver() -> str:
-    """The GPU's name, memory and driver by nvidia-smi, or why it can't be asked."""
+    """Return the GPU's name, memory, driver and clocks as nvidia-smi prints them, or why it failed."""
     ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=20)

@@ -27,7 +27,7 @@ _LONGEST_WAIT = 0.2  # seconds
 
 
 def commit() -> str:
-    """The commit that is measured: MOMKD_COMMIT where the tree came without its history, else git's, or why neither."""
+    """Return the commit that is measured: MOMKD_COMMIT, else what git says, else why it is unknown."""
     if told := os.environ.get("MOMKD_COMMIT", "").strip():
         return told
     try:

@@ -84,13 +84,18 @@ def gate_of(x: Tensor, parameters: GateParameters, dropout_p: float, seed: Tenso
         "BIAS_U": b_u is not None,
         "BIAS_A": b_a is not None,
         "DROPOUT": seed is not None,
-        "FAST": x.dtype != torch.float32 and not _INTERPRETED and chip(x.device).startswith("sm_"),
+        "FAST": x.dtype != torch.float32 and not _INTERPRETED and has_tanh_approx(chip(x.device)),
         "ALIGN": align,
     }
     w_a = _dense(w_a)
     tensors = [w_a if t is None else _dense(t) for t in (b_v, b_u, None, b_a, seed)]
     dropped = keep_threshold(dropout_p), keep_scale(dropout_p)
     return Gate(tensors, flags, hidden, heads, branches, columns, align, *dropped)
+
+
+def has_tanh_approx(chip: str) -> bool:
+    """Return whether a chip has the instruction tanh.approx: NVIDIA's from compute capability 7.5 on."""
+    return chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 75
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def gated_attention_pool(
 def gated_attention_pool_kept(
     x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `gated_attention_pool`, and the products (N, branches · D), for backward."""
+    """As `gated_attention_pool`; also return the products (N, branches · D) for backward."""
     return _forward(x, offsets, parameters, dropout_p, seed, True)
 
 
@@ -236,7 +236,7 @@ def _forward(
 
 
 def gate_scores(x: Tensor, gate: Gate, packed: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """x (N, L) -> scores (N, H) float32, and products, of all rows where they are to be kept."""
+    """x (N, L) -> scores (N, H) float32 and products: of all rows with `keep`, else a workspace."""
     run = partial(_gate_scores, x, gate, packed, keep)
     return run(GATE_SCORES.choose(_named("gate_scores", gate), x, *_sizes(gate), run=run))
 
@@ -394,13 +394,13 @@ def product_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _chunk(x: Tensor, gate: Gate) -> int:
-    """Rows whose products fit the workspace; those of whole programs."""
+    """Return how many rows fit the workspace, as a multiple of the rows of a program."""
     each = 1024  # of which the rows of a program in backward are a divisor, whatever the tiles
     return min(x.shape[0], max(1, WORKSPACE // (gate.columns * x.element_size() * each)) * each)
 
 
 def _cut(x: Tensor, gate: Gate, tiles: Tiles) -> dict[str, Any]:
-    """The arguments of both kernels that are known when they are compiled."""
+    """Return the compile-time arguments of both kernels."""
     return {
         **gate.flags,
         **register_limit(x.device),
@@ -411,10 +411,10 @@ def _cut(x: Tensor, gate: Gate, tiles: Tiles) -> dict[str, Any]:
 
 
 def _sizes(gate: Gate) -> tuple[int, int, int]:
-    """What tiles are fitted to."""
+    """Return the sizes that tiles are fitted to."""
     return gate.hidden, gate.heads, gate.align
 
 
 def _named(op: str, gate: Gate) -> str:
-    """The op with the switches that make other kernels of it."""
+    """Return the name under which tiles are tuned: the op and the switches that change its kernel."""
     return f"{op}{' gated' * gate.flags['GATED']}{' dropout' * gate.flags['DROPOUT']}"

@@ -49,12 +49,12 @@ def gate_memory(size: int) -> Iterator[None]:
 
 
 def asked() -> int:
-    """The bytes that the innermost `gate_memory` allows, or DEFAULT outside of one."""
+    """Return the bytes that the innermost `gate_memory` allows, or DEFAULT outside of one."""
     return _budget
 
 
 def allowed(size: int, device: torch.device) -> int:
-    """Bytes that a call on `device` may keep, where `size` was asked for."""
+    """Return the bytes that a call on `device` may keep; `size` is what `asked` returned."""
     if size != DEFAULT:
         return size
     given = env.gate_memory()
@@ -63,7 +63,7 @@ def allowed(size: int, device: torch.device) -> int:
 
 @cache
 def _memory(device: torch.device) -> int:
-    """Bytes of memory of a device."""
+    """Return the bytes of memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 4 << 30

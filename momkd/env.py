@@ -47,7 +47,7 @@ def tuning_asked() -> bool:
 
 
 def gate_memory() -> int | None:
-    """MOMKD_GATE_MEMORY, or None when unset or empty."""
+    """Return MOMKD_GATE_MEMORY, or None when unset or empty."""
     return _count("MOMKD_GATE_MEMORY", -1, least=0) if os.environ.get("MOMKD_GATE_MEMORY", "").strip() else None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+
+from momkd.reference.gated_attention_pool import GateParameters
 
 pytest.importorskip("triton")
 common = pytest.importorskip("momkd.kernels._common")
@@ -52,3 +55,18 @@ def test_the_device_is_entered_where_it_is_another(
 def test_host_arithmetic() -> None:
     assert [common.next_power_of_2(n) for n in (1, 2, 3, 4, 5, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 2048]
     assert [common.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("chip", "able"),
+    [("sm_70", False), ("sm_72", False), ("sm_75", True), ("sm_90", True), ("sm_100", True), ("gfx", False)],
+)
+def test_the_fast_tanh_is_used_where_the_chip_has_it(chip: str, able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere ptxas refuses the kernel."""
+    gate = importlib.import_module("momkd.kernels._gate")
+    monkeypatch.setattr(gate, "chip", lambda device: chip)
+    monkeypatch.setattr(gate, "_INTERPRETED", False)
+    x, w = torch.ones(2, 4, dtype=torch.float16), torch.ones(3, 4)
+    parameters = GateParameters(w, None, w, None, w[:1, :3], None)
+    assert gate.gate_of(x, parameters, 0.0, None).flags["FAST"] is able
+    assert gate.gate_of(x.float(), parameters, 0.0, None).flags["FAST"] is False
