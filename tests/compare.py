@@ -23,7 +23,7 @@ RAGGED: dict[str, tuple[int, ...]] = {
     "one empty": (0,),
     "no bags": (),
     "giant": (1, 1, 2000, 1, 0, 1),
-    "many tiny": tuple(i % 3 for i in range(200)),
+    "many tiny": tuple(i % 3 for i in range(70)),
 }
 
 

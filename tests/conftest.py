@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +59,15 @@ def tf32_switches() -> Iterator[dict[str, Callable[[bool], None]]]:
     words(False)
     if before is not None:
         torch.backends.fp32_precision, matmul.fp32_precision = "none", before
+
+
+@pytest.fixture(autouse=True)
+def _own_seed(request: pytest.FixtureRequest) -> None:
+    """Every test draws its own numbers, the same ones alone, in any order and in any process of `pytest -n`."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - what libraries draw from
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

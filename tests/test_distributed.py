@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from momkd.inference import probabilities
 from momkd.runs import build_model
 from momkd.simulate import SimulatedCohort
 from momkd.train import Progress, Trainer
+from tests.processes import start
 from tests.ranks import environment, run_ranks
 
 L, G = 6, 5
@@ -121,7 +123,8 @@ def ends(how: str) -> dict[str, Any]:
         with distributed.started():
             made.run()
     except RankError as error:
-        os.kill(pids[1], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[1], signal.SIGKILL)  # where it was stopped only
         return {"error": str(error), "seconds": time.monotonic() - began[0]}
     raise AssertionError("it went on without rank 1")
 
@@ -158,7 +161,7 @@ def holds_other_weights() -> str:
 
 def alike(tmp_path: Path, ranks: int, **given: Any) -> list[dict[str, Any]]:
     """What the ranks end with, which is the same bits on each."""
-    ended = run_ranks(tmp_path, ranks, "tests.test_distributed:trained", **given)
+    ended = run_ranks(tmp_path, ranks, trained, **given)
     for end in ended:
         assert end.code == 0, end.stderr
     first = ended[0].value
@@ -313,7 +316,7 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_others_end_where_one_does(tmp_path: Path, how: str) -> None:
     timeout = 6.0
-    ended = run_ranks(tmp_path, 3, "tests.test_distributed:ends", timeout=timeout, how=how)
+    ended = run_ranks(tmp_path, 3, ends, timeout=timeout, how=how)
     assert ended[1].code == -9
     for number in (0, 2):
         assert ended[number].code == 0, ended[number].stderr
@@ -328,7 +331,7 @@ def test_the_others_end_where_one_does(tmp_path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("kind", ["input", "bug"])
 def test_what_one_rank_cannot_read_ends_all(tmp_path: Path, kind: str) -> None:
-    ended = run_ranks(tmp_path, 2, "tests.test_distributed:meets_a_bad_slide", kind=kind)
+    ended = run_ranks(tmp_path, 2, meets_a_bad_slide, kind=kind)
     said = sorted(end.value for end in ended)
     if kind == "input":
         assert said == ["SharedError: s5: expected features, got noise"] * 2
@@ -338,7 +341,7 @@ def test_what_one_rank_cannot_read_ends_all(tmp_path: Path, kind: str) -> None:
 
 
 def test_ranks_that_came_apart_are_noticed(tmp_path: Path) -> None:
-    ended = run_ranks(tmp_path, 2, "tests.test_distributed:holds_other_weights")
+    ended = run_ranks(tmp_path, 2, holds_other_weights)
     for end in ended:
         assert end.code == 0, end.stderr
         assert end.value.startswith("rank 1: weights before training: expected the same")
@@ -347,10 +350,18 @@ def test_ranks_that_came_apart_are_noticed(tmp_path: Path) -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def torchrun(ranks: int, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "momkd"]
-    env = {**environment(), **variables}
-    return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line, on two ranks."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "momkd"]
+    return subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def command_line(*arguments: str) -> None:
+    """The same in one process, as `start` calls it."""
+    from momkd.cli import main
+
+    sys.argv = ["momkd", *arguments]
+    main()
 
 
 def command(cohort: SimulatedCohort, out: Path, *more: object) -> list[object]:
@@ -367,14 +378,19 @@ def test_torchrun_from_end_to_end(tiny_cohort: SimulatedCohort, tmp_path: Path) 
     external = tiny_cohort.external
     outside = ["--features", external.features, "--labels", external.labels, "--bootstrap", 20]
     texts = []
-    for ranks, out in ((1, one), (2, two)):
-        done = torchrun(ranks, *command(tiny_cohort, out))
-        assert done.returncode == 0, done.stderr
-        texts.append(done.stdout.replace(str(out), "RUN"))
-        assert texts[-1].count("fold 0: 2 epochs on") == 1
-        done = torchrun(ranks, "evaluate", out, *outside)
-        assert done.returncode == 0, done.stderr
-    assert len(texts[0].splitlines()) == len(texts[1].splitlines())
+    for out in (one, two):
+        for arguments in (command(tiny_cohort, out), ["evaluate", out, *outside]):
+            if out == one:
+                process = start(command_line, *map(str, arguments))
+                code, printed, said = process.wait(), process.stdout, process.stderr
+            else:
+                done = torchrun(*arguments)
+                code, printed, said = done.returncode, done.stdout, done.stderr
+            assert code == 0, said
+            texts.append(printed.replace(str(out), "RUN"))
+    assert texts[0].count("fold 0: 2 epochs on") == texts[2].count("fold 0: 2 epochs on") == 1
+    assert len(texts[0].splitlines()) == len(texts[2].splitlines())
+    assert len(texts[1].splitlines()) == len(texts[3].splitlines())
     files = [sorted(str(p.relative_to(out)) for p in out.rglob("*")) for out in (one, two)]
     assert files[0] == files[1]
     assert "run.lock" not in files[0]
@@ -389,11 +405,11 @@ def test_torchrun_says_what_is_wrong_once(own_cohort: SimulatedCohort, tmp_path:
     (own_cohort.features / "unreadable").mkdir()
     broken = sorted(own_cohort.features.glob("*.h5"))[0]
     broken.write_bytes(broken.read_bytes()[:100])
-    done = torchrun(2, *command(own_cohort, tmp_path / "run"))
+    done = torchrun(*command(own_cohort, tmp_path / "run"))
     assert done.returncode != 0
     assert done.stderr.count("momkd: error:") == 1
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "run").exists()
-    done = torchrun(2, "predict", tmp_path, "--features", own_cohort.features, "--out", tmp_path / "p.csv")
+    done = torchrun("predict", tmp_path, "--features", own_cohort.features, "--out", tmp_path / "p.csv")
     assert done.stderr.count("momkd: error:") == 1
     assert "predict: expected one process, got 2; only train and evaluate use torchrun" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,62 +20,14 @@ from momkd.data import lock
 from momkd.data.atomic import atomic_write, remove_leftovers
 from momkd.data.lock import LOCK, locked
 from momkd.errors import InputError
-from momkd.experiment import train_run
+from momkd.experiment import Reporter, train_run
 from momkd.simulate import SimulatedCohort
-from tests.ranks import ROOT, environment
+from momkd.train import Progress
+from tests.processes import start
+from tests.ranks import ROOT, environment, run_ranks
 
 SETTINGS = ["train.epochs=4", "omics.genes=20", "omics.hidden_features=16", "omics.features=8"]
 SETTINGS += ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "train.slides_per_step=5"]
-
-# Trains as `momkd train` does, and dies where it is told to: in a step, or in the writing of a file.
-VICTIM = """
-import os, resource, signal, sys, time
-from pathlib import Path
-import torch
-from tests.test_faults import train
-from momkd.data import atomic
-from momkd.experiment import Reporter
-
-how, where, epoch = sys.argv[3], sys.argv[4], int(sys.argv[5])
-now = 0
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-class Here(Reporter):
-    def progress(self, progress):
-        global now
-        now = progress.epoch
-        if now == epoch and how == "step":
-            die()
-        if now == epoch and how == "full":
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(where), int(where)))
-        if how == "wait":
-            print("training", flush=True)
-            time.sleep(120)
-
-shown = time.perf_counter
-time.perf_counter = lambda: 1000 * shown()  # report every step
-replace, fsync = os.replace, os.fsync
-
-def replaced(source, target):
-    if now == epoch and how == "before" and Path(target).name == where:
-        die()
-    replace(source, target)
-    if now == epoch and how == "after" and Path(target).name == where:
-        die()
-
-def synced(handle):
-    name = os.readlink(f"/proc/self/fd/{handle}")
-    if now == epoch and how == "half" and f".{where}." in name:
-        os.truncate(name, os.path.getsize(name) // 2)
-        die()
-    fsync(handle)
-
-os.replace, os.fsync = replaced, synced
-train(Path(sys.argv[1]), Path(sys.argv[2]), reporter=Here(), resume="resume" in sys.argv[6:])
-"""
 
 
 def train(cohort: Path, out: Path, **options: object) -> None:
@@ -83,18 +36,52 @@ def train(cohort: Path, out: Path, **options: object) -> None:
     train_run(**paths, omics=cohort / "omics.csv", out=out, config=config, folds=[0], device="cpu", **options)
 
 
-def victim(cohort: Path, out: Path, *arguments: object) -> subprocess.Popen[str]:
-    line = [sys.executable, "-c", VICTIM, *map(str, (cohort, out, *arguments))]
-    return subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
-    )
+def train_until(cohort: Path, out: Path, how: str = "", where: str = "", epoch: int = 0, resume: bool = False) -> None:
+    """Trains as `momkd train` does, and dies where it is told to: in a step, or in the writing of a file."""
+    now = 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Here(Reporter):
+        def progress(self, progress: Progress) -> None:
+            nonlocal now
+            now = progress.epoch
+            if now == epoch and how == "step":
+                die()
+            if now == epoch and how == "full":
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(where), int(where)))
+            if how == "wait":
+                print("training", flush=True)
+                time.sleep(120)
+
+    shown, replace, fsync = time.perf_counter, os.replace, os.fsync
+
+    def replaced(source: str, target: str) -> None:
+        if now == epoch and how == "before" and Path(target).name == where:
+            die()
+        replace(source, target)
+        if now == epoch and how == "after" and Path(target).name == where:
+            die()
+
+    def synced(handle: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{handle}")
+        if now == epoch and how == "half" and f".{where}." in name:
+            os.truncate(name, os.path.getsize(name) // 2)
+            die()
+        fsync(handle)
+
+    time.perf_counter = lambda: 1000 * shown()  # report every step
+    os.replace, os.fsync = replaced, synced
+    train(cohort, out, reporter=Here(), resume=resume)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    process = victim(tiny_cohort.root, out, "not at all", "", 0)
-    assert process.wait(240) == 0, process.communicate()[1]
+    process = start(train_until, tiny_cohort.root, out)
+    assert process.wait() == 0, process.stderr
     return out
 
 
@@ -126,32 +113,40 @@ def test_a_killed_run_resumes_to_the_same_bits(
     tiny_cohort: SimulatedCohort, tmp_path: Path, unbroken: Path, how: str, where: str, epoch: int
 ) -> None:
     out = tmp_path / "run"
-    process = victim(tiny_cohort.root, out, how, where, epoch)
-    assert process.wait(240) == -signal.SIGKILL, process.communicate()[1]
+    process = start(train_until, tiny_cohort.root, out, how, where, epoch)
+    assert process.wait() == -signal.SIGKILL, process.stderr
     assert (out / LOCK).is_file()
-    process = victim(tiny_cohort.root, out, "not at all", "", 0, "resume")
-    assert process.wait(240) == 0, process.communicate()[1]
+    process = start(train_until, tiny_cohort.root, out, resume=True)
+    assert process.wait() == 0, process.stderr
     assert contents(out) == contents(unbroken)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.test_faults import train_until
+
+cohort, out, how, epoch = sys.argv[1:]
+train_until(Path(cohort), Path(out), how, epoch=int(epoch))
+"""
 
 
 def test_a_rank_that_is_killed(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
     """torchrun ends the other; both resume to the same bits as if nothing had been."""
-    script = tmp_path / "victim.py"
-    script.write_text(VICTIM)
+    whole, killed, script = tmp_path / "whole", tmp_path / "killed", tmp_path / "script.py"
+    script.write_text(SCRIPT)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    outs = tmp_path / "whole", tmp_path / "killed"
-    for out, arguments, code in (
-        (outs[0], ("not at all", "", 0), 0),
-        (outs[1], ("step", "", 2), 1),
-        (outs[1], ("not at all", "", 0, "resume"), 0),
-    ):
-        given = [*line, *map(str, (tiny_cohort.root, out, *arguments))]
-        done = subprocess.run(given, capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT)
-        assert done.returncode == code, done.stderr
-        if code:
-            assert "Signal 9 (SIGKILL)" in done.stderr
-            assert (out / LOCK).is_file()
-    assert contents(outs[0]) == contents(outs[1])
+    line += [str(tiny_cohort.root), str(killed), "step", "2"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert (killed / LOCK).is_file()
+    for out in (whole, killed):
+        meeting = tmp_path / f"meeting of {out.name}"
+        meeting.mkdir()
+        for end in run_ranks(meeting, 2, train_until, cohort=tiny_cohort.root, out=out, resume=out == killed):
+            assert end.code == 0, end.stderr
+    assert contents(whole) == contents(killed)
 
 
 # -- a full disk -----------------------------------------------------------------------------------------------------
@@ -164,16 +159,15 @@ def test_a_disk_that_fills_up_leaves_the_last_epoch_whole(
     model = (unbroken / "fold_0" / "model.safetensors").stat().st_size
     limit = model - 1 if room == "below model.safetensors" else 2 * model
     out = tmp_path / "run"
-    process = victim(tiny_cohort.root, out, "full", limit, 1)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 1, errors
-    (said,) = [line for line in errors.splitlines() if line.startswith("momkd.errors.InputError")]
+    process = start(train_until, tiny_cohort.root, out, "full", str(limit), 1)
+    assert process.wait() == 1, process.stderr
+    (said,) = [line for line in process.stderr.splitlines() if line.startswith("momkd.errors.InputError")]
     assert "cannot write it: File too large" in said
     assert not list(out.rglob(".*"))
     assert not (out / LOCK).exists()
     assert len(pd.read_csv(out / "fold_0" / "log.csv")) >= 1
-    process = victim(tiny_cohort.root, out, "not at all", "", 0, "resume")
-    assert process.wait(240) == 0, process.communicate()[1]
+    process = start(train_until, tiny_cohort.root, out, resume=True)
+    assert process.wait() == 0, process.stderr
     assert contents(out) == contents(unbroken)
 
 
@@ -182,10 +176,9 @@ def test_a_disk_that_fills_up_leaves_the_last_epoch_whole(
 
 def test_a_folder_in_use_is_refused(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = victim(tiny_cohort.root, out, "wait", "", 0)
+    process = start(train_until, tiny_cohort.root, out, "wait")
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "training\n", process.communicate()[1]
+        process.wait_for_line("training")
         before = contents_of_names(out)
         for resume in (False, True):
             with pytest.raises(InputError) as caught:
@@ -196,7 +189,6 @@ def test_a_folder_in_use_is_refused(tiny_cohort: SimulatedCohort, tmp_path: Path
         assert contents_of_names(out) == before
     finally:
         process.kill()
-        process.wait()
     with pytest.raises(InputError, match="expected a new folder, got a run; go on with --resume"):
         train(tiny_cohort.root, out)
     assert (out / "run.json").is_file()
@@ -207,41 +199,30 @@ def contents_of_names(out: Path) -> list[str]:
     return sorted(str(p.relative_to(out)) for p in out.rglob("*"))
 
 
-CONTENDER = """
-import sys, time
-from pathlib import Path
-from momkd.data.lock import locked
-from momkd.errors import InputError
-folder, began = Path(sys.argv[1]), float(sys.argv[2])
-won = 0
-while time.time() < began:
-    pass
-for _ in range(100):
-    try:
-        with locked(folder):
-            inside = folder / "inside"
-            inside.touch(exist_ok=False)  # two at once: an error
-            inside.unlink()
-            won += 1
-    except InputError as error:
-        assert "in use by" in str(error), error
-print(won)
-"""
+def contend(folder: Path, began: float) -> None:
+    won = 0
+    while time.time() < began:
+        pass
+    for _ in range(100):
+        try:
+            with locked(folder):
+                inside = folder / "inside"
+                inside.touch(exist_ok=False)  # two at once: an error
+                inside.unlink()
+                won += 1
+        except InputError as error:
+            if "in use by" not in str(error):
+                raise
+    print(won)
 
 
 def test_of_many_at_once_one_holds_the_lock(tmp_path: Path) -> None:
-    began = time.time() + 6
-    line = [sys.executable, "-c", CONTENDER, str(tmp_path), str(began)]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=ROOT) for _ in range(4)
-    ]
-    won = []
-    for process in processes:
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        won.append(int(said))
-    assert sum(won) > 0
+    start(str).wait()  # from here on, a start takes no time
+    began = time.time() + 1
+    processes = [start(contend, tmp_path, began) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4, [process.stderr for process in processes]
+    assert time.time() > began
+    assert sum(int(process.stdout) for process in processes) > 0
     assert not list(tmp_path.iterdir())
 
 
@@ -297,8 +278,6 @@ def test_locks_that_were_left(tmp_path: Path) -> None:
 def test_a_note_tells_of_the_run_that_ended_before_its_time(
     tiny_cohort: SimulatedCohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from momkd.experiment import Reporter
-
     class Notes(Reporter):
         def __init__(self) -> None:
             self.said: list[str] = []
