@@ -18,10 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ["torch._dynamo", "torch.distributed.nn", "matplotlib.pyplot", "momkd.experiment", "momkd.plots", "pytest"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
+
+
+def environment() -> dict[str, str]:
+    """That of now, for a process that shall compute what others do: the same bits need as many threads."""
+    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return {**os.environ, **one, "PYTHONPATH": str(ROOT)}
 
 
 class Started:
@@ -29,9 +36,8 @@ class Started:
 
     def __init__(self, function: Callable[..., object], given: tuple[object, ...], named: dict[str, object]) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = _context.Process(
-            target=_call, args=(self.folder.name, variables, function, given, named), daemon=True
+            target=_call, args=(self.folder.name, environment(), function, given, named), daemon=True
         )
         self.process.start()
 

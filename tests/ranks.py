@@ -9,7 +9,6 @@ so no port is chosen; and nothing ends the others when one dies, as torchrun wou
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,8 +20,6 @@ import torch.distributed.nn  # before there is a group, as momkd.distributed.sta
 
 from tests.processes import start
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -31,10 +28,6 @@ class Ended:
     code: int  # negative: the signal
     stderr: str
     value: Any  # what the function returned, or None
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run_ranks(

@@ -27,8 +27,8 @@ from momkd.inference import probabilities
 from momkd.runs import build_model
 from momkd.simulate import SimulatedCohort
 from momkd.train import Progress, Trainer
-from tests.processes import start
-from tests.ranks import environment, run_ranks
+from tests.processes import environment, start
+from tests.ranks import run_ranks
 
 L, G = 6, 5
 SMALL = ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "omics.features=8"]

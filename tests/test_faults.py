@@ -23,8 +23,8 @@ from momkd.errors import InputError
 from momkd.experiment import Reporter, train_run
 from momkd.simulate import SimulatedCohort
 from momkd.train import Progress
-from tests.processes import start
-from tests.ranks import ROOT, environment, run_ranks
+from tests.processes import ROOT, environment, start
+from tests.ranks import run_ranks
 
 SETTINGS = ["train.epochs=4", "omics.genes=20", "omics.hidden_features=16", "omics.features=8"]
 SETTINGS += ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "train.slides_per_step=5"]

@@ -34,7 +34,7 @@ import torch
 
 from momkd.data.raw import PACKED, Array, all_finite, check_id, one_line, own, plain_attributes
 from momkd.errors import InputError
-from momkd.graph import Edges, check_lists, from_lists
+from momkd.graph import Edges, from_lists
 
 VERSION = 1
 STORED, WITH_COORDS = 1, 3
@@ -209,12 +209,11 @@ class PackedStore:
         self._verify(slide_id, "graph", *lists)
         offsets, sources, order = (torch.from_numpy(each) for each in lists)
         try:
-            check_lists(offsets, sources, order)
+            return from_lists(offsets, sources, order)
         except ValueError as error:
             raise InputError(
                 f"{self.name(slide_id)}: graph: expected lists of neighbours, got {error}; {_AGAIN}"
             ) from error
-        return from_lists(offsets, sources, order)
 
     def damage(self, slide_id: str) -> str | None:
         """What is wrong with the bytes of a slide, in one line, or None."""
