@@ -63,6 +63,18 @@ def unavailable() -> str:
     return ""
 
 
+def left_out(arch: str) -> str:
+    """Why nothing can be compiled for this chip here, or nothing. Triton before 3.5 links AMD's code by an ld.lld."""
+    if CHIPS[arch].backend == "hip":
+        from triton.backends.amd.compiler import HIPBackend
+
+        try:
+            getattr(HIPBackend, "path_to_rocm_lld", lambda: None)()
+        except Exception as error:  # that is what it raises
+            return f"{arch}: {error}"
+    return ""
+
+
 # --- what would be started
 
 
@@ -303,8 +315,13 @@ def main(
         errors.print(reason, markup=False)
         raise typer.Exit(2)
     cases, missing = present([case for case in CASES if case.op in ops])
-    for name in missing:
-        errors.print(f"{name}: skipped, there is no momkd.kernels.{name}", markup=False)
+    skipped = [f"{name}: skipped, there is no momkd.kernels.{name}" for name in missing]
+    skipped += [f"skipped, {reason}" for a in archs if (reason := left_out(a))]
+    for line in skipped:
+        errors.print(line, markup=False)
+    archs = [a for a in archs if not left_out(a)]
+    if not archs:
+        raise typer.Exit(2)
     reports = compile_all(cases, archs, show_progress=True, candidates=candidates)
     out = Console()
     Console(width=None if out.is_terminal else 180).print(table(reports))
