@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ RAGGED: dict[str, tuple[int, ...]] = {
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -207,6 +207,8 @@ def test_every_op_is_tuned_and_stays_right(here: Path, monkeypatch: pytest.Monke
         "soft_angle_loss": lambda x: F.soft_angle_loss(x, memory, labels),
     }
 
+    on_memory = {"memory_similarity", "memory_guided_pool", "soft_angle_loss"}
+    alone = on_memory if len(tuning.MEMORY.single) == 1 else set()  # by Triton before 3.6: there is nothing to choose
     first_of = {"gated_attention_pool": "gate_scores"}  # where the op is not the name of what is tuned
 
     def results(call: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -222,7 +224,7 @@ def test_every_op_is_tuned_and_stays_right(here: Path, monkeypatch: pytest.Monke
         assert not any(key.startswith(name) for key in kept(here)), "nobody asked"
         with momkd.tune():
             tuned = results(call)
-        assert any(key.startswith(name) for key in kept(here))
+        assert any(key.startswith(name) for key in kept(here)) == (name not in alone)
         monkeypatch.setattr(gpu, "seconds", None)  # would raise
         again = results(call)
         monkeypatch.undo()
@@ -233,7 +235,8 @@ def test_every_op_is_tuned_and_stays_right(here: Path, monkeypatch: pytest.Monke
             torch.testing.assert_close(b, a_, rtol=1e-4, atol=1e-5)
             assert torch.equal(b, c)
     tables = {key.split(" | ")[0].split()[0] for key in kept(here)}
-    assert {"pool_backward", "gate_gradient", "memory_similarity_backward", "soft_angle_loss_backward"} <= tables
+    wanted = {"pool_backward", "gate_gradient", "memory_similarity_backward", "soft_angle_loss_backward"}
+    assert {table for table in wanted if table.removesuffix("_backward") not in alone} <= tables
 
 
 @pytest.mark.parametrize(("text", "asked"), [(None, False), ("", False), ("0", False), ("1", True), ("On", True)])
