@@ -64,7 +64,7 @@ def unavailable() -> str:
 
 
 def left_out(arch: str) -> str:
-    """Why nothing can be compiled for this chip here, or nothing. Triton before 3.5 links AMD's code by an ld.lld."""
+    """Why nothing can be compiled for this chip here, or nothing. Triton 3.4 needs ROCm's ld.lld for AMD's code."""
     if CHIPS[arch].backend == "hip":
         from triton.backends.amd.compiler import HIPBackend
 

@@ -26,7 +26,7 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 def environment() -> dict[str, str]:
-    """That of now, for a process that shall compute what others do: the same bits need as many threads."""
+    """The variables of now, and one thread: two processes give the same bits only with the same number of threads."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return {**os.environ, **one, "PYTHONPATH": str(ROOT)}
 
