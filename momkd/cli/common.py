@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Multiple-instance learning on whole-slide images: train with genomics, predict from the slide alone.",
 )
 _WITH_RANKS = ("train", "evaluate")
+_UNTIL_RANK_0_HAS_SPOKEN = 30  # seconds; it may have started later
 out_console = Console(highlight=False)
 err_console = Console(stderr=True, highlight=False)
 
@@ -49,7 +51,9 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except (InputError, BackendError, RankError) as error:
-        if not (isinstance(error, SharedError) and error.silent):
+        if isinstance(error, SharedError) and error.silent:
+            time.sleep(_UNTIL_RANK_0_HAS_SPOKEN)  # torchrun ends all ranks with the first that ends, this one meanwhile
+        else:
             err_console.print(f"[red]momkd: error:[/red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
