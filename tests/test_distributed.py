@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from momkd import distributed, env
+from momkd.cli import common
 from momkd.config import Config
 from momkd.data.batches import BagLoader, deal
-from momkd.errors import InputError, RankError
+from momkd.errors import InputError, RankError, SharedError
 from momkd.inference import probabilities
 from momkd.runs import build_model
 from momkd.simulate import SimulatedCohort
@@ -399,6 +400,19 @@ def test_torchrun_from_end_to_end(tiny_cohort: SimulatedCohort, tmp_path: Path) 
         assert a["slide_id"].tolist() == b["slide_id"].tolist()
         np.testing.assert_allclose(a["prob_1"], b["prob_1"], rtol=1e-5)
     assert (one / "fold_0" / "genes.json").read_bytes() == (two / "fold_0" / "genes.json").read_bytes()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_silent_rank_lets_the_first_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silent: bool
+) -> None:
+    """torchrun ends rank 0 as soon as another rank has ended, and then nobody would say why."""
+    slept: list[float] = []
+    monkeypatch.setattr(common.time, "sleep", slept.append)
+    with pytest.raises(SystemExit, match="2"), common.one_clear_line():
+        raise SharedError("bad slide", silent=silent)
+    assert bool(slept) == silent
+    assert ("bad slide" in capsys.readouterr().err) != silent
 
 
 def test_torchrun_says_what_is_wrong_once(own_cohort: SimulatedCohort, tmp_path: Path) -> None:
