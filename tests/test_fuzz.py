@@ -22,11 +22,8 @@ from momkd.data.pack import pack
 from momkd.data.raw import check_id
 from momkd.errors import InputError
 from momkd.simulate import SimulatedCohort
+from tests.fuzz import KINDS
 
-CASES = {
-    "hdf5": 2500, "pt": 1500, "npy": 1000, "packed": 2000, "labels": 800, "splits": 500, "omics": 800, "graph": 300,
-    "run": 600, "checkpoint": 500,
-}  # fmt: skip
 WORKERS = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers there")
 
 
@@ -44,16 +41,16 @@ def worker(kind: str, cases: int, *patch: str) -> tuple[int, str, str]:
 
 
 def test_there_are_ten_thousand() -> None:
-    assert sum(CASES.values()) >= 10_000
+    assert sum(kind.cases for kind in KINDS.values()) >= 10_000
 
 
 @WORKERS
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_mutated_files(kind: str) -> None:
-    code, last, wrong = worker(kind, CASES[kind])
+    code, last, wrong = worker(kind, KINDS[kind].cases)
     assert code == 0, f"after case {last}: {wrong}"
     done, refused = [int(word) for word in last.split() if word.isdigit()][:2]
-    assert done == CASES[kind]
+    assert done == KINDS[kind].cases
     assert 0 < refused < done  # some read, or nothing is tested but the first check
 
 
@@ -69,11 +66,11 @@ def test_mutated_files(kind: str) -> None:
         ),
         ("hdf5", 400, "momkd.data.raw.check_written = lambda *_: None", "MemoryError"),
         ("packed", 1200, "momkd.data.packed.check_id = lambda *_: None", "AssertionError"),
-        ("labels", 10, "tests.fuzz.read_labels = lambda path: 1 / 0", "ZeroDivisionError"),
+        ("labels", 10, "tests.fuzz.tables.read_labels = lambda path: 1 / 0", "ZeroDivisionError"),
         (
             "npy",
             6,
-            "tests.fuzz.SECONDS = 1; tests.fuzz.KINDS['npy'] = made, lambda _: time.sleep(9)",
+            "tests.fuzz.SECONDS = 1; tests.fuzz.KINDS['npy'] = Kind(made, lambda _: time.sleep(9), 6)",
             "longer than 1 s",
         ),
     ],
@@ -81,7 +78,8 @@ def test_mutated_files(kind: str) -> None:
 def test_a_weaker_reader_is_found_out(kind: str, cases: int, patch: str, told: str) -> None:
     setup = (
         "import time, numpy, momkd.data.raw, momkd.data.packed, momkd.data.tables, tests.fuzz",
-        "plain, made = numpy.load, tests.fuzz.KINDS['npy'][0]",
+        "plain, made = numpy.load, tests.fuzz.KINDS['npy'].make",
+        "from tests.fuzz.kinds import Kind",
     )
     code, _, wrong = worker(kind, cases, *setup, patch)
     assert code == 1
