@@ -18,6 +18,9 @@ _MOST = 2**31 - 1
 _NAMES = ("offsets", "sources", "out_offsets", "targets", "position", "order")
 _REMEDY = "make graphs by momkd.graph.from_edge_index or knn"
 _CHUNK = 1 << 20  # candidates that one step of the neighbour search compares
+_WIDEST = 2**53  # extent of integer coordinates: up to here float64, which the search tree holds, is exact
+_WIDEST_FLOAT = 1e150  # of others: their squares stay finite
+_SLACK = 1 - 2.0**-48  # squared distances of the tree are off by less
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,20 +209,23 @@ def knn(coords: Tensor | npt.ArrayLike, k: int = 8) -> Edges:
     neighbours each. In-degrees vary, with mean k.
 
     Args:
-        coords: (N, 2) numbers, such as level-0 pixels. Integers are compared exactly.
+        coords: (N, 2) numbers, such as level-0 pixels, of any type. Integers are compared exactly, others in float64.
         k: at least 1.
 
     Returns:
         The graph, on the CPU; its `order` follows a curve that keeps near patches together (Morton).
 
     Raises:
-        ValueError: another shape, k under 1, or coordinates that are not finite.
+        ValueError: another shape, k under 1, or coordinates that are not finite or 2⁵³ apart.
 
     Example:
         >>> momkd.graph.knn(torch.tensor([[0, 0], [0, 256], [256, 0], [256, 256]]), k=2)
         Edges(4 nodes, 8 edges, cpu)
     """
-    points = np.asarray(coords.cpu() if isinstance(coords, Tensor) else coords)
+    if isinstance(coords, Tensor):
+        coords = coords.detach().cpu()
+        coords = coords.float() if coords.dtype == torch.bfloat16 else coords  # NumPy has no such type
+    points = np.asarray(coords)
     if points.ndim != 2 or points.shape[1] != 2 or points.dtype.kind not in "iuf":
         raise ValueError(f"coords: expected numbers (N, 2), got {points.dtype} {points.shape}")
     if k < 1:
@@ -234,7 +240,7 @@ def knn(coords: Tensor | npt.ArrayLike, k: int = 8) -> Edges:
     if k == 0:
         none = torch.zeros(nodes + 1, dtype=torch.int32, device="cpu")
         return from_lists(none, none[:0])
-    points = points - points.min(0)  # small numbers: squares of integers stay exact
+    points = _from_corner(points)
     neighbours = _nearest(points, k)  # (N, k): patch i is heard by these
     queries = np.repeat(np.arange(nodes, dtype=np.int32), k)
     by_target = np.argsort(neighbours.ravel(), kind="stable")
@@ -273,6 +279,33 @@ def batch(graphs: Sequence[Edges]) -> Edges:
     return Edges(**joined)
 
 
+def _from_corner(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(N, 2) int64 or float64, from 0 on."""
+    whole = points.dtype.kind in "iu"
+    points = points if whole else points.astype(np.float64)
+    low = points.min(0)
+    ends = zip(low.tolist(), points.max(0).tolist(), strict=True)  # of Python, which do not overflow
+    extent, widest = max(most - least for least, most in ends), _WIDEST if whole else _WIDEST_FLOAT
+    if not extent < widest:
+        raise ValueError(
+            f"coords: expected coordinates less than {widest} apart, got {extent}; extract the patches again"
+        )
+    if points.dtype.itemsize < 8:
+        points = points.astype(np.int64)  # the difference of small integers may not fit their type
+    moved: npt.NDArray[Any] = (points - low).astype(np.int64 if whole else np.float64)
+    return moved
+
+
+def _squared_distance(difference: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+    """dx² + dy² of (..., 2), exact for integers under 2⁵³: one number, or (low, high) with high · 2⁵⁴ + low."""
+    if difference.dtype.kind == "f" or difference.size == 0 or np.abs(difference).max() < 2**31:
+        return ((difference * difference).sum(-1),)
+    high, low = np.divmod(np.abs(difference), 2**27)
+    middle, rest = np.divmod(2 * (high * low).sum(-1), 2**27)
+    carry, small = np.divmod(rest * 2**27 + (low * low).sum(-1), 2**54)
+    return small, (high * high).sum(-1) + middle + carry
+
+
 def _nearest(points: npt.NDArray[Any], k: int) -> npt.NDArray[np.int32]:
     """(N, k) nearest other points by (distance, index)."""
     from scipy.spatial import cKDTree
@@ -289,15 +322,14 @@ def _nearest(points: npt.NDArray[Any], k: int) -> npt.NDArray[np.int32]:
         step = max(1, _CHUNK // wanted)
         for start in range(0, len(waiting), step):
             rows = waiting[start : start + step]
-            _, candidates = tree.query(points[rows], wanted)
-            difference = points[candidates] - points[rows, None]  # (rows, wanted, 2)
-            squared = (difference * difference).sum(2)
-            squared = np.where(candidates == rows[:, None], np.array(-1, squared.dtype), squared)
-            order = np.lexsort((candidates, squared))[:, : k + 1]
+            away, candidates = tree.query(points[rows], wanted)
+            others = candidates != rows[:, None]
+            squared = _squared_distance(points[candidates] - points[rows, None])
+            order = np.lexsort((candidates, *squared, others))[:, : k + 1]
             nearest = np.take_along_axis(candidates, order, 1)
             has_self = nearest[:, 0] == rows  # else more than `wanted` points lie where it lies
-            last = np.take_along_axis(squared, order[:, -1:], 1)[:, 0]
-            done = (wanted == nodes) | (has_self & (last < squared.max(1)))
+            last = np.take_along_axis(away, order, 1).max(1)
+            done = (wanted == nodes) | (has_self & (last < away.max(1) * _SLACK))
             found[rows[done]] = nearest[done, 1:]
             left.append(rows[~done])
         waiting = np.concatenate(left)

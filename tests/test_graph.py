@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from momkd.graph import Edges
 
 def by_hand(points: np.ndarray, k: int) -> list[tuple[int, int]]:
     """Every point and its k nearest by (distance, index), sorted."""
+    points = points.astype(object)  # Python's integers never overflow
     squared = ((points[:, None] - points[None]) ** 2).sum(2)
     pairs = []
     for i in range(len(points)):
@@ -32,6 +34,10 @@ def points(kind: str, n: int) -> np.ndarray:
     rng = np.random.default_rng(n)
     if kind == "far":
         return rng.integers(-(10**9), 10**9, (n, 2))
+    if kind == "2^51 apart":
+        return rng.integers(-(2**51), 2**51, (n, 2))
+    if kind == "pieces 2^40 apart":
+        return rng.integers(0, 2, (n, 2)) * 2**40 + rng.integers(0, 9, (n, 2))
     if kind == "grid":  # in no order
         side = int(np.ceil(np.sqrt(n))) + 1
         return np.stack(np.unravel_index(rng.permutation(side * side)[:n], (side, side)), 1) * 256
@@ -44,7 +50,7 @@ def points(kind: str, n: int) -> np.ndarray:
     return crowd
 
 
-@pytest.mark.parametrize("kind", ["far", "grid", "few places", "one place", "crowd"])
+@pytest.mark.parametrize("kind", ["far", "2^51 apart", "pieces 2^40 apart", "grid", "few places", "one place", "crowd"])
 @pytest.mark.parametrize("n", [1, 2, 8, 9, 10, 150])
 @pytest.mark.parametrize("k", [1, 8])
 def test_knn_breaks_ties_by_the_lowest_index(kind: str, n: int, k: int) -> None:
@@ -53,6 +59,30 @@ def test_knn_breaks_ties_by_the_lowest_index(kind: str, n: int, k: int) -> None:
     assert pairs(edges) == by_hand(xy, k)
     assert edges.num_edges == n * min(k, n - 1)
     check_lists(edges)
+
+
+@pytest.mark.parametrize(
+    "kind", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "uint64", "float32", "float16"]
+)
+def test_knn_of_any_number_type_gives_the_edges_of_int64(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    if kind == "uint64":  # beyond int64
+        xy = rng.integers(0, 2**40, (60, 2)).astype(np.uint64) + np.uint64(2**64 - 2**41)
+        assert pairs(graph.knn(xy)) == pairs(graph.knn((xy - xy.min(0)).astype(np.int64)))
+        return
+    xy = rng.integers(0, 100, (60, 2))
+    far = {"float16": 1900, "float32": 2**23, "int32": 60_000}
+    xy[:12] += far[kind] if kind in far else int(np.iinfo(kind).max) - 100  # its square does not fit the type
+    edges = pairs(graph.knn(xy, 8))
+    assert pairs(graph.knn(xy.astype(kind), 8)) == edges
+    assert pairs(graph.knn(torch.from_numpy(xy.astype(kind)), 8)) == edges
+
+
+def test_far_flung_coordinates_take_no_longer_than_others() -> None:
+    xy = np.random.default_rng(0).integers(0, 2**52, (20_000, 2))
+    began = time.perf_counter()
+    assert graph.knn(xy).num_edges == 160_000
+    assert time.perf_counter() - began < 15  # 0.3 s; over two minutes where squares overflow
 
 
 def check_lists(edges: Edges) -> None:
@@ -91,6 +121,9 @@ def test_no_patches() -> None:
     [
         (np.zeros((3, 3)), 8, r"coords: expected numbers \(N, 2\), got float64 \(3, 3\)"),
         (np.array([[0.0, np.nan], [1, 1]]), 8, "expected finite"),
+        (np.array([[0, 0], [2**53, 0]]), 1, "less than 9007199254740992 apart, got 9007199254740992"),
+        (np.array([[0, -(2**63)], [0, 2**63 - 1]]), 1, "apart, got 18446744073709551615"),
+        (np.array([[0.0, -1e200], [0, 1e200]]), 1, r"apart, got 2e\+200"),
         (np.zeros((3, 2)), 0, "k: expected 1 or more, got 0"),
     ],
 )
