@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
@@ -22,22 +21,23 @@ from momkd.data.pack import pack
 from momkd.data.raw import check_id
 from momkd.errors import InputError
 from momkd.simulate import SimulatedCohort
-from tests.fuzz import KINDS
+from tests.fuzz import KINDS, main
+from tests.processes import start
 
 WORKERS = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers there")
 
 
+def fuzz(kind: str, cases: int, *patch: str) -> None:
+    faulthandler.enable()
+    exec("\n".join(patch), {})
+    raise SystemExit(main(kind, cases, 0))
+
+
 def worker(kind: str, cases: int, *patch: str) -> tuple[int, str, str]:
     """Exit code, the last line, and what was wrong."""
-    program = [*patch, "import sys", "from tests.fuzz import main", f"sys.exit(main({kind!r}, {cases}, 0))"]
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", "\n".join(program)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).resolve().parents[1],
-    )
-    return done.returncode, (done.stdout.splitlines() or [""])[-1], done.stderr
+    process = start(fuzz, kind, cases, *patch)
+    code = process.wait(300)
+    return code, (process.stdout.splitlines() or [""])[-1], process.stderr
 
 
 def test_there_are_ten_thousand() -> None:
