@@ -12,7 +12,7 @@ from momkd import distributed
 from momkd.data.atomic import write_csv, write_json
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
-from momkd.data.tables import read_labels, read_rows
+from momkd.data.tables import read_labels
 from momkd.errors import InputError
 from momkd.inference import device_cache, pick_device, probabilities
 from momkd.metrics import evaluate_predictions
@@ -66,7 +66,7 @@ def evaluate_external(
     Args:
         run: a finished run.
         features, labels: as for training; only slides with a row in the table of labels are predicted.
-        label: column of the labels; None takes that of the run where the table has it.
+        label: column of the labels; None takes that of the run, by its name.
         skip_bad: leave out slides that cannot be used.
         device, graphs: as for training.
 
@@ -75,9 +75,7 @@ def evaluate_external(
     """
     with distributed.together():
         where = pick_device(device)
-        header, _ = read_rows(Path(labels))
-        column = label or (run.info.label if run.info.label in header else None)
-        table = read_labels(labels, label=column, classes=run.info.classes)
+        table = read_labels(labels, label=label or run.info.label, classes=run.info.classes)
         cohort = open_cohort(
             features,
             table.table.index,

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from momkd.data.raw import one_line, open_raw
-from momkd.data.tables import MISSING, is_unnamed
+from momkd.data.tables import MISSING
+from momkd.data.text import is_unnamed
 from momkd.errors import InputError
 
 Floats = npt.NDArray[np.float32]

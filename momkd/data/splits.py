@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from momkd.data.atomic import write_csv
-from momkd.data.tables import MISSING, Labels, is_unnamed, read_rows
+from momkd.data.tables import MISSING, Labels
+from momkd.data.text import is_unnamed, read_table
 from momkd.errors import InputError
 
 PARTS = ("train", "val", "test")
@@ -160,7 +161,8 @@ def _check_ids(folder: Path, split: Split) -> None:
 
 
 def _read_split(path: Path) -> Split:
-    header, rows = read_rows(path)
+    table = read_table(path)
+    header, rows = table.header, table.rows
     if missing := [part for part in PARTS if part not in header]:
         raise InputError(f"{path}: expected columns train, val and test, got no {missing[0]!r}; add it")
     if unknown := [name for name in header if name not in PARTS and not is_unnamed(name)]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from momkd.data.raw import one_line
+from momkd.data.text import check_length, is_unnamed, listed, read_table
 from momkd.errors import InputError
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "<NA>")  # cells that mean "not known"; "None" may be a class
 _INTEGER = re.compile(r"[+-]?\d{1,18}(\.0+)?")  # longer ones are names, which Python may refuse to read as numbers
-_UNNAMED = re.compile(r"|index|Unnamed: \d+")  # the index column that pandas writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +57,17 @@ def read_labels(path: Path | str, *, label: str | None = None, classes: Sequence
         InputError: naming file, line or column.
     """
     path = Path(path)
-    header, rows = read_rows(path)
+    read = read_table(path)
+    header, rows = read.header, read.rows
     if "slide_id" not in header:
-        raise InputError(f"{path}: expected a column 'slide_id', got {_listed(header)}; rename the column of slides")
+        raise InputError(f"{path}: expected a column 'slide_id', got {listed(header)}; rename the column of slides")
     column = _label_column(path, header, label)
     at_slide, at_label = header.index("slide_id"), header.index(column)
     at_case = header.index("case_id") if "case_id" in header else at_slide
 
     lines: dict[str, int] = {}  # slide_id -> line
     for line, cells in rows:
-        _check_length(path, line, cells, header)
+        check_length(read, line, cells)
         slide = cells[at_slide]
         if not slide or not cells[at_case]:
             raise InputError(f"{path}: line {line}: expected a slide_id and a case_id, got an empty cell; fill it in")
@@ -94,58 +93,17 @@ def read_labels(path: Path | str, *, label: str | None = None, classes: Sequence
     return Labels(table, chosen, column, path)
 
 
-def read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows (line number, stripped cells) of a small text table; blank lines are left out."""
-    if not path.is_file():
-        came = "a folder" if path.is_dir() else "nothing there"
-        raise InputError(f"{path}: expected a CSV table, got {came}; check the path")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: expected a CSV table in UTF-8, got {one_line(error)}; save it again") from error
-    rows = [(line, cells) for line, cells in rows if any(cells)]
-    if not rows:
-        raise InputError(f"{path}: expected a header and rows, got an empty file; write the table again")
-    header = rows[0][1]
-    if double := sorted({name for name in header if name and header.count(name) > 1}):
-        raise InputError(f"{path}: expected each column once, got {double[0]!r} twice; rename or remove one")
-    return header, rows[1:]
-
-
-def read_text_table(path: Path, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """A small table whose cells stay text, and which must have these columns."""
-    header, rows = read_rows(path)
-    if missing := [name for name in columns if name not in header]:
-        raise InputError(f"{path}: expected a column {missing[0]!r}, got {_listed(header)}; name another")
-    for line, cells in rows:
-        _check_length(path, line, cells, header)
-    table: pd.DataFrame = pd.DataFrame([cells for _, cells in rows], columns=pd.Index(header), dtype=object)
-    return table
-
-
-def _check_length(path: Path, line: int, cells: Sequence[str], header: Sequence[str]) -> None:
-    if len(cells) != len(header):
-        raise InputError(f"{path}: line {line}: expected {len(header)} cells, got {len(cells)}; mend the line")
-
-
-def is_unnamed(column: str) -> bool:
-    """Whether a column is the index that pandas wrote, not data."""
-    return _UNNAMED.fullmatch(column) is not None
-
-
 def _label_column(path: Path, header: list[str], label: str | None) -> str:
     others = [name for name in header if name not in ("slide_id", "case_id") and not is_unnamed(name)]
     if label is not None:
         if label in others:
             return label
-        raise InputError(f"{path}: expected a column {label!r}, got {_listed(header)}; choose one with --label")
+        raise InputError(f"{path}: expected a column {label!r}, got {listed(header)}; choose one with --label")
     if "label" in others:
         return "label"
     if len(others) == 1:
         return others[0]
-    raise InputError(f"{path}: expected one column of labels, got {_listed(others)}; choose one with --label")
+    raise InputError(f"{path}: expected one column of labels, got {listed(others)}; choose one with --label")
 
 
 def _class_names(path: Path, column: str, cells: list[str]) -> list[str | None]:
@@ -169,18 +127,18 @@ def _classes(
     if given is not None:
         chosen = tuple(str(name) for name in given)
         if len(chosen) < 2 or len(set(chosen)) < len(chosen):
-            raise InputError(f"classes: expected two or more different names, got {_listed(chosen)}; name each once")
+            raise InputError(f"classes: expected two or more different names, got {listed(chosen)}; name each once")
         for line, name in zip(lines, names, strict=True):
             if name is not None and name not in chosen:
                 raise InputError(
-                    f"{path}: line {line}: column {column!r}: expected one of {_listed(chosen)}, got {name!r}; "
+                    f"{path}: line {line}: column {column!r}: expected one of {listed(chosen)}, got {name!r}; "
                     "mend the cell or empty it"
                 )
         return chosen
     found = {name for name in names if name is not None}
     if len(found) < 2:
         raise InputError(
-            f"{path}: column {column!r}: expected two or more classes, got {_listed(sorted(found)) or 'none'}; "
+            f"{path}: column {column!r}: expected two or more classes, got {listed(sorted(found)) or 'none'}; "
             "choose another column with --label"
         )
     if all(_INTEGER.fullmatch(name) for name in found):
@@ -194,8 +152,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _listed(names: Sequence[str], limit: int = 12) -> str:
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return f"{shown}, ... ({len(names)} in all)" if len(names) > limit else shown or "none"

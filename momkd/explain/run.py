@@ -26,7 +26,7 @@ import momkd
 from momkd.bootstrap import Floats
 from momkd.data.atomic import write_csv, write_json, write_text
 from momkd.data.folders import whole_folder
-from momkd.data.tables import read_labels, read_rows
+from momkd.data.tables import read_labels
 from momkd.errors import InputError
 from momkd.explain.index import Content, Memory, SlideCard, index_html
 from momkd.explain.look import NearestPatches, Shares, unit_prototypes
@@ -84,7 +84,7 @@ def explain_run(
         options: how much is shown.
         images: folder of the images of whole slides, for thumbnails; slides without one are noted.
         labels: CSV of slide_id and the label, to show beside what was predicted.
-        label: its column; None takes that of the run where the table has it.
+        label: its column; None takes that of the run, by its name.
         skip_bad: leave out slides that cannot be used, instead of ending.
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2.
@@ -165,9 +165,7 @@ def _known_labels(run: Run, labels: Path | str | None, label: str | None) -> dic
         if label is not None:
             raise InputError(f"--label: expected --labels with it, got {label!r} alone; give the table too")
         return {}
-    header, _ = read_rows(Path(labels))
-    column = label or (run.info.label if run.info.label in header else None)
-    table = read_labels(labels, label=column, classes=run.info.classes).table
+    table = read_labels(labels, label=label or run.info.label, classes=run.info.classes).table
     return {str(slide): int(c) for slide, c in table["label"].items()}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from momkd.data.tables import read_text_table
+from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.inference import autocast, open_slides, pick_device
 from momkd.metrics import attention_auc

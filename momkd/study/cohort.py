@@ -10,7 +10,7 @@ from typing import Any
 
 from momkd.data.atomic import make_folder, write_csv
 from momkd.data.omics import read_omics
-from momkd.data.tables import read_text_table
+from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
 from momkd.simulate import semisynthetic as semi

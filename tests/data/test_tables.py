@@ -105,7 +105,7 @@ def test_tabs_quotes_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ("\n\n,,\n", ("expected a header and rows, got an empty file",)),
         ("slide_id,label\n", ("expected a row for each slide, got a header alone",)),
         ("slide,label\na,1\n", ("expected a column 'slide_id', got 'slide', 'label'",)),
-        ("slide_id;label\na;1\n", ("expected a column 'slide_id', got 'slide_id;label'",)),
+        ("slide_id|label\na|1\n", ("expected a column 'slide_id', got 'slide_id|label'",)),
         ("slide_id,label,label\na,1,0\n", ("expected each column once, got 'label' twice",)),
         ("slide_id,label\na,1\n\nb,0\na,0\n", ("line 5: expected each slide once, got 'a' again (first on line 2)",)),
         ("slide_id,label\na,1\nb\n", ("line 3: expected 2 cells, got 1; mend the line",)),
@@ -116,7 +116,7 @@ def test_tabs_quotes_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ("slide_id,label\na,\nb,NA\n", ("expected two or more classes, got none",)),
         ("slide_id,label\na,0.5\nb,1\n", ("expected classes, got fractions such as 0.5; bin the values",)),
         ("slide_id,label\na,1e-3\nb,inf\n", ("got fractions such as 1e-3",)),
-        ('slide_id,label\n"a,1\n', ("expected a CSV table in UTF-8, got",)),
+        ('slide_id,label\n"a,1\n', ("expected a CSV table, got unexpected end of data",)),
     ],
 )
 def test_one_line_names_the_file_and_the_line(tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
@@ -130,10 +130,6 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
         read_labels(tmp_path / "none.csv")
     with refused(f"{tmp_path}: expected a CSV table, got a folder"):
         read_labels(tmp_path)
-    path = tmp_path / "a.csv"
-    path.write_bytes("slide_id,label\nGrün,1\n".encode("latin-1"))
-    with refused(path, "expected a CSV table in UTF-8"):
-        read_labels(path)
 
 
 def test_a_long_list_of_columns_or_classes_is_cut(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""What a path leads to, asked before it is opened: a pipe or a device never ends, and a name may be too long."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from momkd.errors import InputError
+
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def kind_of(path: Path | str) -> str:
+    """Return what a path leads to, links followed, as words for messages; nothing is opened and nothing is raised.
+
+    "a file", "a folder", "a named pipe", "a socket", "a device", "nothing there", or what the system says of it, such
+    as "Permission denied" or "File name too long".
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing there"
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except ValueError as error:  # a zero byte, or characters that no file name holds
+        return str(error)
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def regular_file(path: Path | str, expected: str, remedy: str = "check the path") -> Path:
+    """Return the path, once a regular file is there.
+
+    Args:
+        path: what the user gave.
+        expected: what it should be, for the message: "a CSV table".
+        remedy: what to do otherwise.
+
+    Raises:
+        InputError: a folder, a pipe, a device or nothing is there, or the system refuses to look.
+    """
+    return _checked(path, "a file", expected, remedy)
+
+
+def existing_folder(path: Path | str, expected: str, remedy: str = "check the path") -> Path:
+    """Return the path, once a folder is there; see `regular_file`."""
+    return _checked(path, "a folder", expected, remedy)
+
+
+def _checked(path: Path | str, kind: str, expected: str, remedy: str) -> Path:
+    came = kind_of(path)
+    if came != kind:
+        raise InputError(f"{path}: expected {expected}, got {came}; {remedy}")
+    return Path(path)
