@@ -30,6 +30,7 @@ from momkd.report import ReportFigure, comparison_table, write_report
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
 from momkd.simulate.write import MARK
+from momkd.terminal import OUT, say, show
 
 ARMS = {"ABMIL": "abmil", "MoMKD": "fast"}
 BASELINE = "ABMIL"
@@ -55,10 +56,10 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
     Raises:
         InputError: `out` holds something else.
     """
-    console, began = console or Console(highlight=False), time.perf_counter()
+    console, began = console or OUT, time.perf_counter()
     _make_room(out)
     dials: dict[str, Any] = _FAST if fast else _FULL
-    console.print(f"[bold]1. Simulate[/bold] ({NOTE.split(':')[0].lower()}: no patients)")
+    say(f"1. Simulate ({NOTE.split(':')[0].lower()}: no patients)", style="bold", console=console)
     with progress_bar(console) as bar:
         task = bar.add_task("slides", total=None)
         cohort = simulate(
@@ -69,9 +70,9 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
     assert cohort.external is not None
     assert cohort.splits is not None
     counts = [sum(1 for _ in folder.glob("*.h5")) for folder in (cohort.features, cohort.external.features)]
-    console.print(f"   {counts[0]} slides, and {counts[1]} of other hospitals: {cohort.root}", soft_wrap=True)
+    say(f"   {counts[0]} slides, and {counts[1]} of other hospitals: {cohort.root}", console=console)
 
-    console.print("[bold]2. Train[/bold] and predict the other hospitals from the slide alone")
+    say("2. Train and predict the other hospitals from the slide alone", style="bold", console=console)
     runs: dict[str, Run] = {}
     for name, preset in ARMS.items():
         config = Config.preset(preset).with_settings(
@@ -99,14 +100,14 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
         for name, table in tables.items()
         if name != BASELINE
     }
-    console.print("[bold]3. Compare[/bold]")
-    console.print(comparison_table(metrics, differences, baseline=BASELINE))
+    say("3. Compare", style="bold", console=console)
+    show(comparison_table(metrics, differences, baseline=BASELINE), console=console)
     found = mean_attention_auc(_attention_and_truth(cohort.external, attended))["mean"]
     told = (
         "The genomics were used while training alone: the external cohort was predicted from slides. Its attention "
         f"tells tumour patches from the others with a mean AUC of {found:.3f}."
     )
-    console.print(f"   {told}")
+    say(f"   {told}", console=console)
     report = write_report(
         out / "report",
         title="momkd demonstration on a simulated cohort",
@@ -117,7 +118,7 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
         paragraphs=[told],
         figures=_figures(out, tables, runs["MoMKD"], cohort.external, attended),
     )
-    console.print(f"Report: {report}   ({time.perf_counter() - began:.0f} s)", soft_wrap=True)
+    say(f"Report: {report}   ({time.perf_counter() - began:.0f} s)", console=console)
     return report
 
 

@@ -174,11 +174,12 @@ def _line(error: object) -> str:
 
 
 def _print(report: Report, file: IO[str] | None) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=file or sys.stdout)
+    from momkd.terminal import show, terminal
+
+    console = terminal(file=file or sys.stdout)
     if not console.is_terminal:
         console.width = 120
 
@@ -207,7 +208,7 @@ def _print(report: Report, file: IO[str] | None) -> None:
         if default not in dispatch.BACKENDS:
             ops.add_row("", "", Text("no", "red"), Text(default, "red"), end_section=True)
     for part in (facts, "", ops):
-        console.print(part)
+        show(part, console=console)
 
 
 def _rank(op: str, backend: str) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from momkd.experiment import Reporter
+from momkd.terminal import note, say
 from momkd.train import Progress as TrainingProgress
 
 _SHORT = {
@@ -23,12 +23,12 @@ def progress_bar(console: Console, *columns: TextColumn) -> Progress:
     """A bar with a description, a count, the time that passed and the time left; gone when done."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.completed}/{task.total}", markup=False),
         *columns,
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("left", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -46,11 +46,11 @@ class ConsoleReporter(Reporter):
         self.task = TaskID(0)
 
     def note(self, text: str) -> None:
-        self.console.print(f"[yellow]note[/yellow] {escape(text)}", soft_wrap=True, highlight=False)
+        note(text, console=self.console)
 
     def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None:
         self.slides = slides
-        self.bar = progress_bar(self.console, TextColumn("{task.fields[told]}"))
+        self.bar = progress_bar(self.console, TextColumn("{task.fields[told]}", markup=False))
         self.bar.start()
         self.task = self.bar.add_task(f"{self.name} fold {fold} ".lstrip(), total=None, told="")
 
@@ -70,7 +70,7 @@ class ConsoleReporter(Reporter):
         if log["val_auc"].notna().any():
             best = int(log["val_auc"].argmax())
             line += f"; best validation AUC {log['val_auc'].max():.3f} after epoch {best + 1}"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        say(line, console=self.console)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from momkd import distributed, env
-from momkd.cli import common
+from momkd.cli import ending
 from momkd.config import Config
 from momkd.data.batches import BagLoader, deal
 from momkd.errors import InputError, RankError, SharedError
@@ -408,8 +408,8 @@ def test_a_silent_rank_lets_the_first_speak(
 ) -> None:
     """torchrun ends rank 0 as soon as another rank has ended, and then nobody would say why."""
     slept: list[float] = []
-    monkeypatch.setattr(common.time, "sleep", slept.append)
-    with pytest.raises(SystemExit, match="2"), common.one_clear_line():
+    monkeypatch.setattr(ending.time, "sleep", slept.append)
+    with pytest.raises(SystemExit, match="2"), ending.one_clear_line():
         raise SharedError("bad slide", silent=silent)
     assert bool(slept) == silent
     assert ("bad slide" in capsys.readouterr().err) != silent

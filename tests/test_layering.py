@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room is a module or a package right under `momkd`; "momkd" is the package itself. What each may import besides
 # itself, from the ground up. A new module needs a line here.
-GROUND = {"errors", "graph", "bags"}
+GROUND = {"errors", "names", "graph", "bags"}
 SIDE = {"data", "metrics", "bootstrap", "plots", "predictions", "config"}
 BACKENDS = {"reference", "kernels", "native", "cuda", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "explain", "simulate", "demo", "report", "page", "study"),
-    *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed"),
+    *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed", "terminal", "device"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "budget", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "env": {"errors"},
     "budget": {"env"},
+    "names": {"errors"},
     "graph": {"errors"},
     "bags": {"errors", "graph"},
     **dict.fromkeys(SIDE, GROUND | SIDE),
@@ -205,6 +206,20 @@ def test_the_environment_is_read_in_one_file() -> None:
             reading = [w for w in words(tree) if w in ("os.environ", "os.getenv", "os.environb", "os.putenv")]
             assert not reading, f"{module}: {reading[0]}; read it in momkd/env.py"
     assert "os.environ" in list(words(sources()["momkd.env"]))
+
+
+def test_text_is_printed_in_one_file() -> None:
+    """Where rich reads markup in names and messages of others, `[/b]` in a path ends a finished command."""
+    for module, tree in sources().items():
+        if module == "momkd.terminal":
+            continue
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            asked = ast.unparse(node.func)
+            where = f"{module}: line {node.lineno}: {asked}"
+            assert not asked.endswith(".print"), f"{where}; print by say, note and show of momkd.terminal"
+            assert asked not in ("Console", "escape", "Text.from_markup"), f"{where}; see momkd.terminal"
+            if asked == "TextColumn":
+                assert "markup=False" in ast.unparse(node), f"{where} without markup=False"
 
 
 def test_kernels_do_not_wait_for_the_device() -> None:

@@ -1,20 +1,16 @@
-"""What the commands share: the application, its consoles, the options that several take, and how errors end."""
+"""What the commands share: the application, and the options that several take."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import momkd
 from momkd import env
-from momkd.errors import BackendError, InputError, RankError, SharedError
+from momkd.errors import SharedError
+from momkd.terminal import note, say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,9 +20,6 @@ app = typer.Typer(
     help="Multiple-instance learning on whole-slide images: train with genomics, predict from the slide alone.",
 )
 _WITH_RANKS = ("train", "evaluate")
-_UNTIL_RANK_0_HAS_SPOKEN = 30  # seconds; it may have started later
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
 
 _FEATURES = "Folder of feature files, one a slide (.h5, .pt, .npy), or a file of momkd pack."
 Features = Annotated[Path, typer.Option("--features", help=_FEATURES)]
@@ -42,28 +35,12 @@ Omics = Annotated[Path | None, typer.Option("--omics", help="Table of cases x ge
 
 def say_skipped(skipped: dict[str, str]) -> None:
     for slide, reason in skipped.items():
-        out_console.print(f"[yellow]note[/yellow] skipped {escape(slide)}: {escape(reason)}", soft_wrap=True)
-
-
-@contextlib.contextmanager
-def one_clear_line() -> Iterator[None]:
-    """Errors that a user can mend leave with exit code 2 and one line; an interrupt with 130."""
-    try:
-        yield
-    except (InputError, BackendError, RankError) as error:
-        if isinstance(error, SharedError) and error.silent:
-            time.sleep(_UNTIL_RANK_0_HAS_SPOKEN)  # torchrun ends all ranks with the first that ends, this one meanwhile
-        else:
-            err_console.print(f"[red]momkd: error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        err_console.print("momkd: interrupted")
-        raise SystemExit(130) from None
+        note(f"skipped {slide}: {reason}")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        out_console.print(f"momkd {momkd.__version__}")
+        say(f"momkd {momkd.__version__}")
         raise typer.Exit
 
 

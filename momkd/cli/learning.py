@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from momkd.cli.common import (
     Device,
@@ -18,10 +17,10 @@ from momkd.cli.common import (
     SkipBad,
     SomeFeatures,
     app,
-    out_console,
     say_skipped,
 )
 from momkd.errors import InputError
+from momkd.terminal import OUT, note, printable, say, show
 
 
 @app.command()
@@ -58,7 +57,7 @@ def train(
     if config is not None:
         chosen = read_config(config, base=chosen)
     chosen = chosen.with_settings(set_ or [])
-    reporter = ConsoleReporter(out_console)
+    reporter = ConsoleReporter(OUT)
     with distributed.started(), contextlib.closing(reporter):
         run = train_run(
             features,
@@ -128,7 +127,7 @@ def predict(
     from momkd.progress import progress_bar
     from momkd.runs import Run
 
-    with progress_bar(out_console) as bar:
+    with progress_bar(OUT) as bar:
         task = bar.add_task("predict", total=None)
         table, skipped = predict_run(
             Run(run),
@@ -143,9 +142,9 @@ def predict(
         )
     say_skipped(skipped)
     counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
-    out_console.print(f"{len(table)} slides predicted ({counts}): {out}", soft_wrap=True)
+    say(f"{len(table)} slides predicted ({counts}): {out}")
     if attention is not None:
-        out_console.print(f"attention of each patch: {attention}", soft_wrap=True)
+        say(f"attention of each patch: {attention}")
 
 
 @app.command()
@@ -177,7 +176,7 @@ def explain(
     from momkd.progress import progress_bar
     from momkd.runs import Run
 
-    with progress_bar(out_console) as bar:
+    with progress_bar(OUT) as bar:
         task = bar.add_task("explain", total=None)
         made = explain_run(
             Run(run),
@@ -194,9 +193,9 @@ def explain(
             report=lambda done, total: bar.update(task, completed=done, total=total),
         )
     say_skipped(made.skipped)
-    for note in made.notes:
-        out_console.print(f"[yellow]note[/yellow] {escape(note)}", soft_wrap=True)
-    out_console.print(f"{made.slides} slides seen, {made.maps} mapped: {made.index}", soft_wrap=True)
+    for told in made.notes:
+        note(told)
+    say(f"{made.slides} slides seen, {made.maps} mapped: {made.index}")
 
 
 @app.command()
@@ -246,7 +245,7 @@ def study(
 
     if list_:
         for known in ARMS.values():
-            out_console.print(f"{known.name:18} {known.title}", soft_wrap=True)
+            say(f"{known.name:18} {known.title}")
         return
     planned = study_of(
         out,
@@ -266,20 +265,20 @@ def study(
         folds=folds,
         settings=set_ or (),
     )
-    out_console.print(f"[bold]{escape(planned.cohort.note)}[/bold]", soft_wrap=True)
-    with progress_bar(out_console) as bar:
+    say(planned.cohort.note, style="bold")
+    with progress_bar(OUT) as bar:
         task = bar.add_task("study", total=len(planned.cells()))
 
-        def show(name: str, done: int, total: int) -> None:
+        def told(name: str, done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            bar.console.print(f"{done}/{total} {escape(name)}", soft_wrap=True)
+            say(f"{done}/{total} {name}")
 
-        run_study(planned, jobs=jobs, device=device, report=show)
+        run_study(planned, jobs=jobs, device=device, report=told)
     results = study_results(planned, bootstrap=bootstrap)
     report = write_study_report(planned, results)
     for name in planned.cohort.tasks:
-        out_console.print(study_table(results, name))
-    out_console.print(f"Report: {report}", soft_wrap=True)
+        show(study_table(results, name))
+    say(f"Report: {report}")
 
 
 @app.command()
@@ -291,7 +290,7 @@ def demo(
     """Simulate a cohort, train MoMKD and ABMIL, predict without genomics, compare, and write a report."""
     from momkd.demo import run_demo
 
-    run_demo(out, fast=fast, seed=seed, console=out_console)
+    run_demo(out, fast=fast, seed=seed, console=OUT)
 
 
 def _show_metrics(folder: Path) -> None:
@@ -300,4 +299,4 @@ def _show_metrics(folder: Path) -> None:
     from momkd.report import metrics_table
 
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    out_console.print(metrics_table(metrics, f"Run {folder}"))
+    show(metrics_table(metrics, printable(f"Run {folder}")))

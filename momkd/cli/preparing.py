@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import TextColumn
 
-from momkd.cli.common import Label, SkipBad, app, out_console, say_skipped
+from momkd.cli.common import Label, SkipBad, app, say_skipped
 from momkd.errors import InputError
+from momkd.terminal import OUT, note, say
 
 
 @app.command()
@@ -35,7 +35,7 @@ def splits(
     made = make_splits(read_labels(labels, label=label), folds, seed, val)
     write_splits(out, made)
     sizes = ", ".join(f"{len(slides)} {part}" for part, slides in made[0].parts().items())
-    out_console.print(f"{len(made)} splits (the first: {sizes} slides): {out}", soft_wrap=True)
+    say(f"{len(made)} splits (the first: {sizes} slides): {out}")
 
 
 @app.command()
@@ -52,7 +52,7 @@ def graph(
     cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours, graphs=out)
     assert cohort.graphs is not None
     edges = 0
-    with progress_bar(out_console) as bar:
+    with progress_bar(OUT) as bar:
         for slide in bar.track(cohort.paths, description="graph"):
             try:
                 edges += cohort.graphs(slide).num_edges
@@ -62,7 +62,7 @@ def graph(
                 cohort.skipped[slide] = str(error)
     say_skipped(cohort.skipped)
     made = len(cohort) - sum(slide in cohort.skipped for slide in cohort.paths)
-    out_console.print(f"{made} graphs of {edges} edges: {out}", soft_wrap=True)
+    say(f"{made} graphs of {edges} edges: {out}")
 
 
 @app.command()
@@ -83,7 +83,7 @@ def pack(
 
     if verify == (out is not None):
         raise InputError("pack: expected a folder and --out, or a store and --verify; give one of the two")
-    with progress_bar(out_console, TextColumn("{task.fields[told]}")) as bar:
+    with progress_bar(OUT, TextColumn("{task.fields[told]}", markup=False)) as bar:
         task = bar.add_task("verify" if verify else "pack", total=None, told="")
         if out is None:
             checked = 0
@@ -104,16 +104,16 @@ def pack(
             made = pack(source, out, dtype=dtype, neighbours=neighbours or None, skip_bad=skip_bad, report=show)
     if out is None:
         for wrong in damaged.values():
-            out_console.print(f"[red]damaged[/red] {escape(wrong)}", soft_wrap=True)
+            note(wrong, label="damaged", style="red")
         if damaged:
             raise InputError(
                 f"{source}: {len(damaged)} of {checked} slides are damaged: {', '.join(list(damaged)[:8])}"
             )
-        out_console.print(f"{checked} slides are as they were packed: {source}", soft_wrap=True)
+        say(f"{checked} slides are as they were packed: {source}")
         return
     say_skipped(made.skipped)
     size = f"{made.patches} patches, {made.nbytes / 1e6:,.1f} MB"
-    out_console.print(f"{made.slides} slides packed ({size}): {out}", soft_wrap=True)
+    say(f"{made.slides} slides packed ({size}): {out}")
 
 
 @app.command()
@@ -130,7 +130,7 @@ def convert(
         run_to_checkpoint(source, out, fold=fold)
     else:
         checkpoint_to_run(source, out, classes=classes.split(","))
-    out_console.print(f"{source} converted: {out}", soft_wrap=True)
+    say(f"{source} converted: {out}")
 
 
 @app.command()
@@ -155,7 +155,7 @@ def register_simulate() -> None:
         from momkd.progress import progress_bar
         from momkd.simulate import simulate
 
-        with progress_bar(out_console) as bar:
+        with progress_bar(OUT) as bar:
             task = bar.add_task("simulate", total=None)
             made = simulate(
                 out,
@@ -163,7 +163,7 @@ def register_simulate() -> None:
                 overwrite=overwrite,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-        out_console.print(f"a simulated cohort (not patients): {made.root}", soft_wrap=True)
+        say(f"a simulated cohort (not patients): {made.root}")
 
     named = inspect.Parameter.KEYWORD_ONLY
     replace = typer.Option("--overwrite", help="Replace a simulated cohort that is there.")

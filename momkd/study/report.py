@@ -77,7 +77,7 @@ def study_table(results: pd.DataFrame, task: str) -> Table:
         width = max(len(line) for row in cells for line in row[n].split("\n"))
         table.add_column(Text(section.head[i]), min_width=width)
     for row, own in zip(section.body, cells, strict=True):
-        table.add_row(row[0], *map(Text, own))
+        table.add_row(*map(Text, (row[0], *own)))
     return table
 
 

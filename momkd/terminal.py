@@ -1,0 +1,76 @@
+"""How momkd prints: text that is not its own appears as it is, on one line, and is never read as markup.
+
+Paths, ids, names of classes and messages of libraries may hold anything: `[/b]`, `[link=…]`, `:x:`, control characters,
+bytes that are no text. Everything is printed by `say`, `note` and `show`, on consoles of `terminal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Return a text on one line: what moves the cursor, hides or reverses is shown escaped, such as \\n and \\x1b.
+
+    Args:
+        text: anything; its str.
+        keep: characters that stay, such as line feeds in the cell of a table.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Terminal(Console):
+    """A console without markup, emoji and highlighting, which shows control characters escaped."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text, keep="\n"), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            safe = segment.control or segment.text.isprintable()
+            yield segment if safe else Segment(printable(segment.text, keep="\n"), segment.style)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, which does not say of which file it speaks
+            raise OSError(
+                error.errno, error.strerror, "standard error" if self.stderr else "standard output"
+            ) from error
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that rich is handling: the command line ends silently
+
+
+def terminal(**options: Any) -> Console:
+    """Return a console of rich for text of others; `options` are those of `rich.console.Console`."""
+    return _Terminal(markup=False, emoji=False, highlight=False, **options)
+
+
+OUT = terminal()
+ERR = terminal(stderr=True)
+
+
+def say(text: object, *, style: str = "", console: Console = OUT) -> None:
+    """Print a line, however long it is."""
+    console.print(Text(printable(text), style), soft_wrap=True)
+
+
+def note(text: object, *, label: str = "note", style: str = "yellow", console: Console = OUT) -> None:
+    """Print a line behind a coloured word."""
+    console.print(Text.assemble((label, style), " ", printable(text)), soft_wrap=True)
+
+
+def show(renderable: RenderableType, *, console: Console = OUT) -> None:
+    """Print a table."""
+    console.print(renderable)
