@@ -2,6 +2,7 @@
 
 from momkd.models.abmil import ABMIL
 from momkd.models.base import MemoryRows, MILModel, Prediction, TrainingStep
+from momkd.models.blocks import SlideInBlocks
 from momkd.models.distillation import BatchDistillation
 from momkd.models.momkd import MoMKD
 from momkd.models.omics import OmicsClassifier
@@ -14,5 +15,6 @@ __all__ = [
     "MoMKD",
     "OmicsClassifier",
     "Prediction",
+    "SlideInBlocks",
     "TrainingStep",
 ]

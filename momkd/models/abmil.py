@@ -7,6 +7,7 @@ from torch import Tensor
 from momkd.bags import Bags
 from momkd.models.base import (
     MILModel,
+    Pooled,
     Prediction,
     SlideClassifier,
     TrainingStep,
@@ -62,16 +63,16 @@ class ABMIL(MILModel):
         self.classifier = SlideClassifier(width, num_classes, dropout)
         self.width = width
 
-    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor]:
-        """pooled (B, H, D) and the scores before softmax (N, H)."""
-        return self.pool.pool_with_scores(encode(self.encoder, bags, self.in_features, self.pool.attention_v.weight))
+    def pooled(self, bags: Bags) -> Pooled:
+        encoded = encode(self.encoder, bags, self.in_features, self.pool.attention_v.weight)
+        return Pooled(*self.pool.pool_with_scores(encoded))
 
     def training_step(
         self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
     ) -> TrainingStep:
-        logits = self.classifier(self._pooled(bags)[0])
+        logits = self.classifier(self.pooled(bags).vectors)
         return TrainingStep({"classification": [classification_loss(logits, labels)]}, logits)
 
     def forward(self, bags: Bags) -> Prediction:
-        pooled, scores = self._pooled(bags)
-        return Prediction(self.classifier(pooled), attention_of(scores, bags.offsets))
+        found = self.pooled(bags)
+        return Prediction(self.classifier(found.vectors), attention_of(found.scores, bags.offsets))

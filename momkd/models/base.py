@@ -32,6 +32,23 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """What the attention of a model makes of B bags with N patches in all, before the classifier.
+
+    Attributes:
+        vectors: (B, H, D), the weighted sums of the encoded patches.
+        scores: (N, H), before the softmax over the bag.
+        slots: (N, C) int32, the nearest prototype of each class to each patch; None for a model without memory.
+        patches: (N, S) float32 unit vectors, the projections that the memory sees; None for a model without memory.
+    """
+
+    vectors: Tensor
+    scores: Tensor
+    slots: Tensor | None = None
+    patches: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class MemoryRows:
     """What a step would scatter into the memory: rows (R, S), their classes (R,) int64 (−1: none) and masses (R,)."""
 
@@ -75,6 +92,7 @@ class MILModel(nn.Module):
     """
 
     memory: MemoryBank | None
+    classifier: nn.Module  # pooled vectors (B, H, D) -> logits (B, C)
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,6 +106,10 @@ class MILModel(nn.Module):
 
     def forward(self, bags: Bags) -> Prediction:
         """Bags of B slides -> logits, attention and slots."""
+        raise NotImplementedError
+
+    def pooled(self, bags: Bags) -> Pooled:
+        """Bags of B slides -> what `classifier` reads, with the scores of the patches; see `momkd.models.blocks`."""
         raise NotImplementedError
 
 

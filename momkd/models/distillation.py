@@ -84,7 +84,7 @@ class BatchDistillation(ABMIL):
     def training_step(
         self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
     ) -> TrainingStep:
-        pooled, _ = self._pooled(bags)
+        pooled = self.pooled(bags).vectors
         logits = self.classifier(pooled)
         terms = {"classification": [classification_loss(logits, labels)]}
         if self.genomics is None or omics is None:

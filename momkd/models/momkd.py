@@ -20,6 +20,7 @@ from momkd.models.base import (
     Mean,
     MemoryRows,
     MILModel,
+    Pooled,
     Prediction,
     SlideClassifier,
     TrainingStep,
@@ -246,6 +247,13 @@ class MoMKD(MILModel):
 
     # -- inference -----------------------------------------------------------------------------------------------
 
+    def pooled(self, bags: Bags) -> Pooled:
+        encoded = encode(self.encoder, bags, self.in_features, self.patch_projector.weight)
+        z = _unit(self.patch_projector(encoded.features))
+        if isinstance(self.pool, MemoryGuidedPool):
+            return Pooled(*self.pool.pool_with_scores(z, encoded, self.memory.memory), z)
+        return Pooled(*self.pool.pool_with_scores(encoded), None, z)
+
     def forward(self, bags: Bags) -> Prediction:
         pooled, _, attention, slots = self._pooled(bags)
         return Prediction(self.classifier(pooled), attention.detach(), slots)
@@ -261,8 +269,11 @@ class MoMKD(MILModel):
             (torch.Size([570, 8]), torch.Size([2, 1, 8]))
         """
         pooled, z, attention, slots = self._pooled(bags)
-        slides = _unit((self.slide_projector or self.patch_projector)(pooled))
-        return Projections(Prediction(self.classifier(pooled), attention, slots), z, slides)
+        return Projections(Prediction(self.classifier(pooled), attention, slots), z, self.project_slides(pooled))
+
+    def project_slides(self, pooled: Tensor) -> Tensor:
+        """pooled (B, H, D) -> unit projections (B, H, S) float32."""
+        return _unit((self.slide_projector or self.patch_projector)(pooled))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -109,6 +109,16 @@ class MemoryGuidedPool(nn.Module):
             z, bags.features, memory, bags.offsets, self.temperature, branch=self.branch
         )
 
+    def pool_with_scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, with the scores before softmax (N, H) in place of the attention."""
+        scores, slots = self._scores(z, bags, memory)
+        return functional.attention_pool(bags, scores), scores, slots
+
+    def _scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor]:
+        similarity, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
+        margin = margins(similarity, self.branch == "per_class" or memory.shape[0] > 2)  # (N, H)
+        return margin / self.temperature, slots
+
 
 class GatedMemoryPool(MemoryGuidedPool):
     """Attention by a gate and a memory together: the scores of both are added before the softmax.
@@ -144,14 +154,15 @@ class GatedMemoryPool(MemoryGuidedPool):
         self.gate = GatedAttentionPool(in_features, hidden_features, heads)
 
     def forward(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        similarity, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
-        margin = margins(similarity, self.branch == "per_class" or memory.shape[0] > 2)  # (N, H)
-        gate = self.gate.scores(bags)
-        if gate.shape != margin.shape:
-            raise ValueError(f"heads: expected {margin.shape[1]} for this memory and branch, got {gate.shape[1]}")
-        scores = gate + margin / self.temperature
-        pooled = functional.attention_pool(bags, scores)
+        pooled, scores, slots = self.pool_with_scores(z, bags, memory)
         return pooled, attention_of(scores, bags.offsets), slots
+
+    def _scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor]:
+        guided, slots = super()._scores(z, bags, memory)
+        gate = self.gate.scores(bags)
+        if gate.shape != guided.shape:
+            raise ValueError(f"heads: expected {guided.shape[1]} for this memory and branch, got {gate.shape[1]}")
+        return gate + guided, slots
 
 
 def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_distillation_inside_a_batch(match: str) -> None:
     model, (bags, omics) = distiller(match=match), batch()
     losses = model.training_step(bags, LABELS, omics, HAS_OMICS).losses
     assert set(losses) == {"classification", "teacher", "reconstruction", "alignment"}
-    pooled = model._pooled(bags)[0][HAS_OMICS]
+    pooled = model.pooled(bags).vectors[HAS_OMICS]
     unit = torch.nn.functional.normalize
     slide = unit(model.genomics["slide_projector"](pooled.mean(1)), dim=1).double()
     genomic = model.genomics["tower"](omics[HAS_OMICS])[0].double()
@@ -242,7 +242,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 def test_identity_encoder_pools_the_features_themselves() -> None:
     bags, _ = batch()
     model = make(encoder="identity")
-    pooled, *_ = model._pooled(bags)
+    pooled = model.pooled(bags).vectors
     assert pooled.shape == (len(SIZES), 1, L)
     assert model(bags).slots.shape == (bags.num_rows, 2)
 
