@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from momkd.data.classes import MISSING
 from momkd.data.raw import one_line, open_raw
-from momkd.data.tables import MISSING
 from momkd.data.text import is_unnamed
 from momkd.errors import InputError
 

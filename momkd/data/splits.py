@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import secrets
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from momkd.data.atomic import write_csv
-from momkd.data.tables import MISSING, Labels
+from momkd.data.atomic import cannot_write, make_folder, sync_folder, write_csv
+from momkd.data.classes import by_name
+from momkd.data.files import existing_folder
+from momkd.data.ids import check_printable, match_ids, matched_note
+from momkd.data.tables import Labels
 from momkd.data.text import is_unnamed, read_table
 from momkd.errors import InputError
 
 PARTS = ("train", "val", "test")
 _FILE = re.compile(r"splits_(\d+)\.csv")
 _FLOAT_ID = re.compile(r"\d+\.0")
+_PADDING = ("", "NA", "N/A", "NaN", "nan", "<NA>")  # cells behind the last id of a column
 
 
 @dataclass(frozen=True)
@@ -35,26 +42,40 @@ class Split:
         return {"train": self.train, "val": self.val, "test": self.test}
 
 
-def read_splits(directory: Path | str) -> list[Split]:
+def read_splits(directory: Path | str, known: Collection[str] = ()) -> list[Split]:
     """Reads splits_0.csv, splits_1.csv, ... of a folder; fold K is item K.
 
     Each file has the columns train, val and test, of different length. An unnamed index column is ignored, and so is
-    the ".0" that pandas puts behind integer ids when it pads a column.
+    the ".0" that pandas puts behind integer ids when it pads a column. Cells that are empty, NA or NaN are padding,
+    unless a slide is `known` by that name.
 
     Raises:
         InputError: no such files, a gap in their numbers, missing or unknown columns, a slide twice.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        came = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"{folder}: expected a folder with splits_0.csv, got {came}; make it with momkd splits")
+    folder = existing_folder(directory, "a folder with splits_0.csv", "make it with momkd splits")
     files = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name)))
     if not files:
         raise InputError(f"{folder}: expected splits_0.csv, got no such file; make it with momkd splits")
     for fold, (number, path) in enumerate(files):
         if number != fold:
-            raise InputError(f"{folder}: expected splits_{fold}.csv, got {path.name} next; number the files from 0")
-    return [_read_split(path) for _, path in files]
+            raise InputError(
+                f"{folder}: expected splits_{fold}.csv, got {path.name} next; number the files from 0, or make the "
+                "splits again if writing them was interrupted"
+            )
+    return [_read_split(path, known) for _, path in files]
+
+
+def match_splits(splits: Sequence[Split], labels: Labels, source: str = "splits") -> tuple[list[Split], list[str]]:
+    """The splits with the ids of the labels, where they differ by endings such as .svs, and notes that say so."""
+    every = dict.fromkeys(slide for split in splits for slides in split.parts().values() for slide in slides)
+    matched = match_ids(every, labels.table.index)
+    if not matched:
+        return list(splits), []
+    renamed = [
+        Split(*(tuple(matched.get(slide, slide) for slide in slides) for slides in split.parts().values()))
+        for split in splits
+    ]
+    return renamed, [matched_note(source, matched, labels.source)]
 
 
 def check_splits(splits: Sequence[Split], labels: Labels, *, source: str = "splits", leaks: bool = False) -> None:
@@ -84,6 +105,38 @@ def check_splits(splits: Sequence[Split], labels: Labels, *, source: str = "spli
                     )
 
 
+def check_parts(fold: int, split: Split, labels: Labels, usable: Collection[str], source: str = "splits") -> list[str]:
+    """Checks that a fold can be learned and scored with the slides that are usable; returns notes.
+
+    Raises:
+        InputError: train has no slide, no label or one class, or val and test have no slide.
+    """
+    where = f"{source}: splits_{fold}.csv"
+    label_of = labels.table["label"].to_dict()
+    parts = {part: [label_of[slide] for slide in slides if slide in usable] for part, slides in split.parts().items()}
+    train = Counter(labels.classes[c] for c in parts["train"] if c >= 0)
+    if not parts["train"]:
+        raise InputError(f"{where}: expected slides in train, got none that can be used; see the notes")
+    if not train:
+        raise InputError(
+            f"{where}: expected slides with a label in train, got none of {len(parts['train'])}; fill in the column "
+            f"{labels.name!r} of {labels.source}"
+        )
+    if len(train) == 1:
+        ((name, count),) = train.items()
+        raise InputError(
+            f"{where}: expected two or more classes in train, got only {name!r} ({count} slides); make the splits "
+            "again with momkd splits, or use fewer folds"
+        )
+    if not parts["val"] and not parts["test"]:
+        raise InputError(f"{where}: expected slides in val or test to score, got none; make the splits again")
+    notes = [f"{where}: train has no slide of class {name!r}" for name in labels.classes if name not in train]
+    if not any(c >= 0 for c in parts["test"]):
+        came = "no slide that has a label" if parts["test"] else "no slide"
+        notes.append(f"{where}: test has {came}; the fold has no metrics of test slides")
+    return notes
+
+
 def make_splits(labels: Labels, folds: int = 5, seed: int = 0, val_fraction: float = 0.15) -> list[Split]:
     """Splits by case, stratified by class.
 
@@ -96,7 +149,7 @@ def make_splits(labels: Labels, folds: int = 5, seed: int = 0, val_fraction: flo
         val_fraction: share of the cases outside test that go to val, at least one of each class; 0 makes no val.
 
     Returns:
-        One split a fold; the slides of a part are in the order of the table.
+        One split a fold; the slides of a part are in the order of the table. Which class is positive changes nothing.
 
     Raises:
         InputError: a class has too few cases.
@@ -106,6 +159,7 @@ def make_splits(labels: Labels, folds: int = 5, seed: int = 0, val_fraction: flo
             f"splits: expected folds >= 1 and 0 <= val_fraction < 1, got {folds} and {val_fraction}; change them"
         )
     groups = 5 if folds == 1 else folds
+    labels = _sorted_classes(labels)
     by_class = _cases_by_class(labels, groups, with_val=val_fraction > 0)
     slides_of = Counter(labels.table["case_id"])
     fold_of = _deal(by_class, slides_of, groups, np.random.default_rng(seed))
@@ -127,6 +181,9 @@ def make_splits(labels: Labels, folds: int = 5, seed: int = 0, val_fraction: flo
 def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
     """Writes splits_0.csv, ... as CLAM does: an unnamed index, then train, val and test, padded with empty cells.
 
+    All files are written beside first. splits_0.csv comes last, and an older one is removed before the others are
+    replaced: without it no folder reads as splits, so an interruption leaves no part that looks like the whole.
+
     Raises:
         InputError: the folder cannot be written, or holds files of more folds, which would be read along; or an id
             would not be read back as it is.
@@ -134,33 +191,48 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
     folder = Path(directory)
     for split in splits:
         _check_ids(folder, split)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder: {error.strerror}; choose another") from error
+    make_folder(folder)
     for path in sorted(folder.iterdir()):
         match = _FILE.fullmatch(path.name)
         if match and int(match[1]) >= len(splits):
             raise InputError(
                 f"{folder}: expected no more than {len(splits)} folds, got an older {path.name}; remove it first"
             )
-    for fold, split in enumerate(splits):
-        table = pd.DataFrame({part: pd.Series(slides, dtype=object) for part, slides in split.parts().items()})
-        write_csv(folder / f"splits_{fold}.csv", table, index=True)
+    staging = folder / f".splits.{secrets.token_hex(6)}.tmp"
+    names = [f"splits_{fold}.csv" for fold in range(len(splits))]
+    for left in folder.glob(".splits.*.tmp"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        staging.mkdir()
+        for name, split in zip(names, splits, strict=True):
+            table = pd.DataFrame({part: pd.Series(slides, dtype=object) for part, slides in split.parts().items()})
+            write_csv(staging / name, table, index=True)
+        (folder / names[0]).unlink(missing_ok=True)
+        for name in reversed(names):
+            os.replace(staging / name, folder / name)
+        sync_folder(folder)
+    except InputError as error:
+        raise InputError(str(error).replace(str(staging), str(folder))) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_ids(folder: Path, split: Split) -> None:
-    """The ids that `_read_split` would take for padding, strip, or rid of a ".0"."""
+    """Raises for ids that `_read_split` would take for padding, strip, or rid of a ".0"."""
     longest = max(map(len, split.parts().values()))
     for part, slides in split.parts().items():
-        odd = [slide for slide in slides if slide in MISSING or slide != slide.strip()]
+        for slide in slides:
+            check_printable(slide, f"{folder}: {part}", "ids")
+        odd = [slide for slide in slides if slide in _PADDING or slide != slide.strip()]
         if len(slides) < longest and all(_FLOAT_ID.fullmatch(slide) for slide in slides):
             odd += slides
         if odd:
             raise InputError(f"{folder}: {part}: expected ids that read back from a CSV, got {odd[0]!r}; rename it")
 
 
-def _read_split(path: Path) -> Split:
+def _read_split(path: Path, known: Collection[str]) -> Split:
     table = read_table(path)
     header, rows = table.header, table.rows
     if missing := [part for part in PARTS if part not in header]:
@@ -175,11 +247,12 @@ def _read_split(path: Path) -> Split:
     for part in PARTS:
         at = header.index(part)
         cells = [cells[at] if at < len(cells) else "" for _, cells in rows]
-        slides = [cell for cell in cells if cell not in MISSING]
+        slides = [cell for cell in cells if cell and (cell in known or cell not in _PADDING)]
         # pandas turns integers into floats only where it has to pad, so a full column is taken at its word.
         if len(slides) < len(cells) and all(_FLOAT_ID.fullmatch(slide) for slide in slides):
             slides = [slide[:-2] for slide in slides]
         for slide in slides:
+            check_printable(slide, f"{path}: {part}", "ids")
             if slide in seen:
                 where = f"twice in {part}" if seen[slide] == part else f"in {seen[slide]} and {part}"
                 raise InputError(f"{path}: expected each slide once, got {slide!r} {where}; remove one")
@@ -188,6 +261,14 @@ def _read_split(path: Path) -> Split:
     if not parts[0]:
         raise InputError(f"{path}: expected slides in train, got none; make it again with momkd splits")
     return Split(*parts)
+
+
+def _sorted_classes(labels: Labels) -> Labels:
+    """The same labels with the classes sorted by name, integers by value."""
+    order = by_name(labels.classes)
+    number = np.array([order.index(name) for name in labels.classes] + [-1], dtype=np.int64)  # -1 stays -1
+    table = labels.table.assign(label=number[labels.table["label"].to_numpy()])
+    return replace(labels, table=table, classes=order)
 
 
 def _cases_by_class(labels: Labels, groups: int, *, with_val: bool) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from momkd.data.text import check_length, is_unnamed, listed, read_table
+from momkd.data.classes import LabelOptions, read_classes
+from momkd.data.ids import TCGA_CASE, case_column, check_printable, is_barcode, slide_column
+from momkd.data.text import TextTable, check_length, is_unnamed, listed, read_table
 from momkd.errors import InputError
 
-MISSING = ("", "NA", "N/A", "NaN", "nan", "<NA>")  # cells that mean "not known"; "None" may be a class
-_INTEGER = re.compile(r"[+-]?\d{1,18}(\.0+)?")  # longer ones are names, which Python may refuse to read as numbers
+_SHOWN = 12  # classes in a summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +23,19 @@ class Labels:
 
     Args:
         table: index `slide_id` (unique text), columns `case_id` (text) and `label` (int64, -1 where missing).
-        classes: names of the classes; label c is `classes[c]`.
+        classes: names of the classes; label c is `classes[c]`. Of two the second is the positive one.
         name: the column of the labels.
         path: the file they came from, for messages.
+        notes: what a user should know of the table, a line each.
+        guessed: whether nothing but the alphabet says which of two classes is positive.
     """
 
     table: pd.DataFrame
     classes: tuple[str, ...]
     name: str = "label"
     path: Path | None = None
+    notes: tuple[str, ...] = ()
+    guessed: bool = False
 
     def __len__(self) -> int:
         return len(self.table)
@@ -41,60 +45,120 @@ class Labels:
         """How messages name this table."""
         return str(self.path) if self.path is not None else "labels"
 
+    def summary(self) -> str:
+        """The classes with their numbers of slides in one line, and how many slides have no label.
 
-def read_labels(path: Path | str, *, label: str | None = None, classes: Sequence[str] | None = None) -> Labels:
-    """Reads a CSV of `slide_id, case_id, <label column>`.
+        Such as "label HER2: 612 negative, 98 positive (the positive class), 12 missing".
+        """
+        counts = np.bincount(self.table["label"].to_numpy(np.int64) + 1, minlength=len(self.classes) + 1)
+        told = [f"{count} {name}" for count, name in zip(counts[1:], self.classes, strict=True)]
+        if len(told) == 2:
+            told[1] += " (the positive class" + (", as it sorts last; --positive changes it)" if self.guessed else ")")
+        if len(told) > _SHOWN:
+            told = [*told[:_SHOWN], f"... ({len(told)} classes)"]
+        if counts[0]:
+            told.append(f"{counts[0]} missing")
+        return f"label {self.name}: {', '.join(told)}"
 
-    Ids are text: 007 stays 007. Without `case_id` every slide is a case of its own. Slides of one case may differ in
-    class; splits keep the case together all the same. An empty cell, or NA or NaN, is a missing label (-1).
+
+def read_labels(
+    path: Path | str,
+    *,
+    label: str | None = None,
+    classes: Sequence[str] | None = None,
+    options: LabelOptions | None = None,
+) -> Labels:
+    """Reads a table of `slide_id, case_id, <label column>`.
+
+    Ids are text: 007 stays 007. The columns of ids may have another usual name (slide, filename; patient,
+    case_submitter_id; in any case), where one alone has such a name. Without a column of cases every slide is a case of
+    its own, and a note says so. Slides of one case may differ in class; splits keep the case together all the same. An
+    empty cell, or NA, null and others of `momkd.data.classes.MISSING`, is a missing label (-1).
 
     Args:
-        path: .csv, or .tsv with tabs.
+        path: text, see `momkd.data.text`.
         label: the column of the labels; None takes "label", or the only column besides the ids.
-        classes: names in the order of their numbers; None takes the values found, sorted (integers by value).
+        classes: names in the order of their numbers, such as a run's; not all need occur. None takes the values found:
+            integers by value, else sorted, but of two with a known meaning (HER2- and HER2+) the positive one last.
+        options: what the user says of classes, missing cells and cases.
 
     Raises:
         InputError: naming file, line or column.
     """
     path = Path(path)
+    options = options or LabelOptions()
     read = read_table(path)
-    header, rows = read.header, read.rows
-    if "slide_id" not in header:
-        raise InputError(f"{path}: expected a column 'slide_id', got {listed(header)}; rename the column of slides")
-    column = _label_column(path, header, label)
-    at_slide, at_label = header.index("slide_id"), header.index(column)
-    at_case = header.index("case_id") if "case_id" in header else at_slide
+    header = read.header
+    slides = slide_column(path, header, label)
+    cases = case_column(path, header, slides, label, options.case_from)
+    column = _label_column(path, header, label, {slides, cases})
+    check_printable(column, str(path), "a column of labels")
+    lines = _slide_lines(read, header.index(slides), header.index(slides if cases is None else cases))
+    at_label = header.index(column)
+    found = read_classes(path, column, list(lines.values()), [row[at_label] for _, row in read.rows], classes, options)
+    for name in found.order:
+        check_printable(name, f"{path}: column {column!r}", "classes")
+    number = {name: c for c, name in enumerate(found.order)}
+    case_ids, notes = _cases(read, list(lines), cases, options.case_from is not None)
+    table = pd.DataFrame(
+        {
+            "case_id": np.array(case_ids, dtype=object),
+            "label": np.array([-1 if name is None else number[name] for name in found.of_rows], dtype=np.int64),
+        },
+        index=pd.Index(list(lines), name="slide_id", dtype=object),
+    )
+    return Labels(table, found.order, column, path, (*read.notes, *found.notes, *notes), found.guessed)
 
-    lines: dict[str, int] = {}  # slide_id -> line
-    for line, cells in rows:
+
+def _slide_lines(read: TextTable, at_slide: int, at_case: int) -> dict[str, int]:
+    """slide_id -> line, of rows that are whole and name each slide once."""
+    path = read.path
+    lines: dict[str, int] = {}
+    for line, cells in read.rows:
         check_length(read, line, cells)
         slide = cells[at_slide]
         if not slide or not cells[at_case]:
             raise InputError(f"{path}: line {line}: expected a slide_id and a case_id, got an empty cell; fill it in")
+        for text in (slide, cells[at_case]):
+            check_printable(text, f"{path}: line {line}", "ids")
         if slide in lines:
             raise InputError(
                 f"{path}: line {line}: expected each slide once, got {slide!r} again (first on line {lines[slide]}); "
                 "remove one"
             )
         lines[slide] = line
-    if not rows:
+    if not lines:
         raise InputError(f"{path}: expected a row for each slide, got a header alone; fill in the table")
-
-    names = _class_names(path, column, [cells[at_label] for _, cells in rows])
-    chosen = _classes(path, column, names, list(lines.values()), classes)
-    number = {name: c for c, name in enumerate(chosen)}
-    table = pd.DataFrame(
-        {
-            "case_id": np.array([cells[at_case] for _, cells in rows], dtype=object),
-            "label": np.array([-1 if name is None else number[name] for name in names], dtype=np.int64),
-        },
-        index=pd.Index(list(lines), name="slide_id", dtype=object),
-    )
-    return Labels(table, chosen, column, path)
+    return lines
 
 
-def _label_column(path: Path, header: list[str], label: str | None) -> str:
-    others = [name for name in header if name not in ("slide_id", "case_id") and not is_unnamed(name)]
+def _cases(read: TextTable, slides: list[str], column: str | None, chosen: bool) -> tuple[list[str], list[str]]:
+    """The case of each slide, and notes where slides of one patient may stand in several."""
+    if column is not None:
+        at_case = read.header.index(column)
+        cases = [cells[at_case] for _, cells in read.rows]
+    elif chosen:
+        if odd := [slide for slide in slides if not is_barcode(slide)]:
+            raise InputError(
+                f"{read.path}: --case-from tcga: expected slides named like TCGA-XX-XXXX, got {odd[0]!r}; add a column "
+                "case_id"
+            )
+        return [slide[:TCGA_CASE].upper() for slide in slides], []
+    else:
+        cases = slides
+    notes = []
+    if column is None:
+        notes.append(f"{read.path}: no column case_id: each of the {len(slides)} slides is taken as a patient")
+    if all(map(is_barcode, slides)):
+        patients = len({slide[:TCGA_CASE].upper() for slide in slides})
+        if patients < len(set(cases)):
+            told = f"the first 12 characters of the TCGA barcodes make {patients} patients, not {len(set(cases))}"
+            notes.append(f"{read.path}: {told}; --case-from tcga takes those")
+    return cases, notes
+
+
+def _label_column(path: Path, header: list[str], label: str | None, ids: set[str | None]) -> str:
+    others = [name for name in header if name not in ids and not is_unnamed(name)]
     if label is not None:
         if label in others:
             return label
@@ -104,51 +168,3 @@ def _label_column(path: Path, header: list[str], label: str | None) -> str:
     if len(others) == 1:
         return others[0]
     raise InputError(f"{path}: expected one column of labels, got {listed(others)}; choose one with --label")
-
-
-def _class_names(path: Path, column: str, cells: list[str]) -> list[str | None]:
-    """The class of each cell; integers in one way ("1", also where pandas wrote 1.0), None where missing."""
-    names = [None if cell in MISSING else cell for cell in cells]
-    present = [name for name in names if name is not None]
-    if all(_INTEGER.fullmatch(name) for name in present):
-        return [None if name is None else str(int(name.split(".")[0])) for name in names]
-    if all(_is_number(name) for name in present):
-        odd = next(name for name in present if not _INTEGER.fullmatch(name))
-        raise InputError(
-            f"{path}: column {column!r}: expected classes, got fractions such as {odd}; bin the values, "
-            "or choose another column with --label"
-        )
-    return names
-
-
-def _classes(
-    path: Path, column: str, names: list[str | None], lines: list[int], given: Sequence[str] | None
-) -> tuple[str, ...]:
-    if given is not None:
-        chosen = tuple(str(name) for name in given)
-        if len(chosen) < 2 or len(set(chosen)) < len(chosen):
-            raise InputError(f"classes: expected two or more different names, got {listed(chosen)}; name each once")
-        for line, name in zip(lines, names, strict=True):
-            if name is not None and name not in chosen:
-                raise InputError(
-                    f"{path}: line {line}: column {column!r}: expected one of {listed(chosen)}, got {name!r}; "
-                    "mend the cell or empty it"
-                )
-        return chosen
-    found = {name for name in names if name is not None}
-    if len(found) < 2:
-        raise InputError(
-            f"{path}: column {column!r}: expected two or more classes, got {listed(sorted(found)) or 'none'}; "
-            "choose another column with --label"
-        )
-    if all(_INTEGER.fullmatch(name) for name in found):
-        return tuple(sorted(found, key=int))
-    return tuple(sorted(found))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

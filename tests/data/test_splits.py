@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momkd.data import Labels, Split, check_splits, make_splits, read_labels, read_splits, write_splits
+from momkd.data.splits import check_parts, match_splits
 from momkd.errors import InputError
 from tests.data.conftest import refused
 
@@ -281,7 +286,125 @@ def test_older_folds_are_not_left_to_be_read_along(tmp_path: Path) -> None:
         write_splits(tmp_path / "file", [split])
 
 
-@pytest.mark.parametrize("slide", ["NA", "nan", "", " a", "7.0"])
+class Killed(BaseException):
+    """As a signal: nothing catches it."""
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
+@pytest.mark.parametrize("old", [0, 1, 2])
+def test_a_set_is_written_whole_or_does_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: int, error: BaseException
+) -> None:
+    before, after = ([Split((f"{name}{k}",), (), ()) for k in range(2)] for name in ("old", "new"))
+    calls = 0
+
+    def failing(call: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise error
+            return call(*args, **options)
+
+        return counted
+
+    for at in range(1, 40):
+        folder = tmp_path / str(at)
+        if old:
+            write_splits(folder, before[:old])
+        calls = 0
+        with monkeypatch.context() as patched:
+            for name in ("fsync", "replace", "unlink"):
+                patched.setattr(os, name, failing(getattr(os, name), at))
+            told = str(folder)
+            try:
+                write_splits(folder, after)
+            except (InputError, Killed) as caught:
+                told = str(caught)
+        assert told.startswith(str(folder)) or isinstance(error, Killed)
+        assert ".tmp" not in told
+        try:
+            found = read_splits(folder)
+        except InputError:
+            assert calls >= at
+        else:
+            assert found in (before[:old], after)
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+        if calls < at:
+            assert found == after
+            break
+    assert 6 < at < 39
+    write_splits(tmp_path / "1", after)  # and once more over what was left
+    assert read_splits(tmp_path / "1") == after
+
+
+def test_a_slide_named_like_padding_is_kept_where_it_is_known(tmp_path: Path) -> None:
+    split_file(tmp_path, "train,val,test\na,b,NA\nNaN,nan,\n")
+    assert read_splits(tmp_path) == [Split(("a",), ("b",), ())]
+    assert read_splits(tmp_path, {"NA", "NaN"}) == [Split(("a", "NaN"), ("b",), ("NA",))]
+
+
+@pytest.mark.parametrize("slide", ["=cmd|' /C calc'!A0", "@x", "+1", "-2", "'=1", "\tx".strip()])
+def test_ids_that_spreadsheets_would_run_read_back(tmp_path: Path, slide: str) -> None:
+    split = Split((slide, "a"), ("b",), ())
+    write_splits(tmp_path, [split])
+    assert read_splits(tmp_path) == [split]
+
+
+def test_ids_match_the_labels_without_endings(tmp_path: Path) -> None:
+    labels = labels_of([("a.svs", "x", 0), ("b", "y", 1), ("c.dx1", "z", 1), ("d.svs", "u", 0), ("d.tif", "v", 1)])
+    split_file(tmp_path, "train,val,test\na,b.h5,c.dx1.ndpi\n")
+    splits = read_splits(tmp_path)
+    matched, notes = match_splits(splits, labels, str(tmp_path))
+    assert matched == [Split(("a.svs",), ("b",), ("c.dx1",))]
+    assert notes == [f"{tmp_path}: 3 ids such as 'a' matched those of labels without endings such as .svs"]
+    check_splits(matched, labels)
+    exact = [Split(("a.svs",), ("b",), ())]
+    assert match_splits(exact, labels) == (exact, [])
+    for unclear in (Split(("d",), ("a.svs",), ()), Split(("a.h5", "a.tif"), (), ()), Split(("b", "b.svs"), (), ())):
+        assert match_splits([unclear], labels) == ([unclear], [])
+
+
+def test_parts_that_cannot_be_learned_or_scored_are_told_before() -> None:
+    labels = labels_of(
+        [("a", "a", 0), ("b", "b", 1), ("c", "c", 0), ("d", "d", -1), ("e", "e", 2)], ("neg", "pos", "odd")
+    )
+    every = set("abcde")
+    for split, usable, told in (
+        (
+            Split(("a", "c"), (), ("b",)),
+            every,
+            "splits_3.csv: expected two or more classes in train, got only 'neg'",
+        ),
+        (Split(("a", "b"), (), ("c",)), {"a", "c"}, "got only 'neg' (1 slides)"),
+        (
+            Split(("d",), ("b",), ("c",)),
+            every,
+            "expected slides with a label in train, got none of 1; fill in",
+        ),
+        (Split(("a", "b"), ("c",), ()), {"c"}, "expected slides in train, got none that can be used"),
+        (Split(("a", "b"), ("c",), ()), {"a", "b"}, "expected slides in val or test to score, got none"),
+    ):
+        with refused(told):
+            check_parts(3, split, labels, usable)
+    assert check_parts(3, Split(("a", "b", "e"), (), ("c",)), labels, every) == []
+    assert check_parts(0, Split(("a", "b"), ("c",), ("d",)), labels, every, "s") == [
+        "s: splits_0.csv: train has no slide of class 'odd'",
+        "s: splits_0.csv: test has no slide that has a label; the fold has no metrics of test slides",
+    ]
+    (note,) = check_parts(0, Split(("a", "b", "e"), ("c",), ()), labels, every)
+    assert note == "splits: splits_0.csv: test has no slide; the fold has no metrics of test slides"
+
+
+def test_which_class_is_positive_changes_no_split() -> None:
+    labels = cohort(9, 12, 7, slides=(1, 2), unlabelled=3)
+    turned = np.array([2, 0, 1, -1])
+    table = labels.table.assign(label=turned[labels.table["label"].to_numpy()])
+    other = replace(labels, table=table, classes=tuple(labels.classes[c] for c in (1, 2, 0)))
+    assert make_splits(labels, 3) == make_splits(other, 3)
+
+
+@pytest.mark.parametrize("slide", ["NA", "nan", "", " a", "7.0", "a\rb", "a\nb"])
 def test_an_id_that_would_not_read_back_is_not_written(tmp_path: Path, slide: str) -> None:
     with refused(tmp_path, f"got {slide!r}"):
         write_splits(tmp_path, [Split(("a", "b"), (slide,), ())])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from momkd.data import Labels, read_labels
+from momkd.data import LabelOptions, Labels, read_labels
 from tests.data.conftest import refused
 
 
@@ -34,7 +34,8 @@ def test_ids_are_text_and_missing_labels_are_minus_one(tmp_path: Path) -> None:
 def test_without_cases_every_slide_is_its_own(tmp_path: Path) -> None:
     got = read_labels(table(tmp_path, "grade,slide_id\nhigh,a\nlow,b\n"))
     assert got.table["case_id"].tolist() == ["a", "b"]
-    assert (got.name, got.classes) == ("grade", ("high", "low"))
+    assert (got.name, got.classes) == ("grade", ("low", "high"))
+    assert got.notes == (f"{got.path}: no column case_id: each of the 2 slides is taken as a patient",)
 
 
 def test_slides_of_a_case_may_differ_in_class(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_the_column_is_label_or_the_only_one_or_named(tmp_path: Path) -> None:
     path = table(tmp_path, ",slide_id,case_id,label,grade\n0,a,x,0,low\n1,b,y,1,high\n")
     assert read_labels(path).name == "label"
     got = read_labels(path, label="grade")
-    assert (got.name, got.classes, got.table["label"].tolist()) == ("grade", ("high", "low"), [1, 0])
+    assert (got.name, got.classes, got.table["label"].tolist()) == ("grade", ("low", "high"), [0, 1])
     with refused(path, "expected a column 'stage', got '', 'slide_id'", "choose one with --label"):
         read_labels(path, label="stage")
     with refused("expected a column 'slide_id'"):
@@ -89,6 +90,145 @@ def test_the_column_is_label_or_the_only_one_or_named(tmp_path: Path) -> None:
     none = table(tmp_path, "slide_id,case_id\na,x\n")
     with refused(none, "expected one column of labels, got none"):
         read_labels(none)
+
+
+MARKERS = (
+    *("NULL", "null", "#N/A", "N/A", "na", "n/a", ".", "-", "nan", "NaN", "-nan", "-NaN", "<NA>", "NA", "#NA"),
+    *("1.#IND", "-1.#QNAN", "--", "'--", "[Unknown]", "#N/A N/A", "[Not Available]", ""),
+)
+
+
+def test_usual_markers_are_missing_and_counted(tmp_path: Path) -> None:
+    cells = ["neg", "pos", "neg", *MARKERS]
+    got = read_labels(
+        table(tmp_path, "slide_id,case_id,HER2\n" + "".join(f"s{i},{i},{c}\n" for i, c in enumerate(cells)))
+    )
+    assert (got.classes, got.notes) == (("neg", "pos"), ())
+    assert got.table["label"].tolist() == [0, 1, 0] + [-1] * (len(cells) - 3)
+    assert got.summary() == f"label HER2: 2 neg, 1 pos (the positive class), {len(cells) - 3} missing"
+
+
+def test_a_minus_is_a_class_beside_a_plus(tmp_path: Path) -> None:
+    got = read_labels(table(tmp_path, "slide_id,case_id,er\na,a,+\nb,b,-\nc,c,na\n"))
+    assert (got.classes, got.table["label"].tolist()) == (("-", "+"), [1, 0, -1])
+
+
+def test_what_is_missing_can_be_said(tmp_path: Path) -> None:
+    path = table(tmp_path, "slide_id,case_id,er\na,a,pos\nb,b,neg\nc,c,Unknown\nd,d,NA\n")
+    got = read_labels(path)
+    assert got.classes == ("Unknown", "neg", "pos")
+    assert got.notes == (f"{path}: column 'er': 'Unknown' (1 rows) is a class; --missing Unknown takes it as missing",)
+    assert got.summary() == "label er: 1 Unknown, 1 neg, 1 pos, 1 missing"
+    told = LabelOptions(missing=("Unknown", "9"))
+    got = read_labels(path, options=told)
+    assert (got.classes, got.table["label"].tolist()) == (("neg", "pos"), [1, 0, -1, -1])
+    assert got.notes == (f"{path}: column 'er': no cell is '9', which --missing names",)
+    assert read_labels(path, classes=("pos", "neg"), options=told).table["label"].tolist() == [0, 1, -1, -1]
+    with refused(path, "line 4: column 'er': expected one of 'neg', 'pos', got 'Unknown'", "with --missing Unknown"):
+        read_labels(path, classes=("neg", "pos"))
+    named = LabelOptions(classes=("neg", "pos", "NA", "Unknown"))  # a marker that is named is a class
+    assert read_labels(path, options=named).table["label"].tolist() == [1, 0, 3, 2]
+    codes = table(tmp_path, "slide_id,case_id,er\na,a,1.0\nb,b,0.0\nc,c,-1.0\n", "codes.csv")
+    assert read_labels(codes, options=LabelOptions(missing=("-1",))).table["label"].tolist() == [1, 0, -1]
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive"),
+    [
+        *(
+            ("HER2-", "HER2+"),
+            ("negative", "positive"),
+            ("NEG", "Pos"),
+            ("No", "Yes"),
+            ("wt", "mut"),
+            ("WT", "mutated"),
+        ),
+        *(("Wild-type", "Mutant"), ("low", "High"), ("absent", "present"), ("non-TNBC", "TNBC"), ("nonMSIH", "MSIH")),
+        *(("FALSE", "True"), ("MSS", "MSI-H"), ("TP53 wt", "TP53 mut"), ("HER2 negative", "HER2 positive"), ("-", "+")),
+        *(("ER+/HER2-", "ER+/HER2+"), ("normal", "Tumour"), ("benign", "malignant"), ("Alive", "Dead"), ("0", "1")),
+        *(
+            ("no metastasis", "metastasis"),
+            ("Non-Responder", "Responder"),
+            ("HER2", "HER2+"),
+            ("unmethylated", "methylated"),
+        ),
+    ],
+)
+def test_of_a_known_pair_the_positive_class_is_second(tmp_path: Path, negative: str, positive: str) -> None:
+    for first, second in ((negative, positive), (positive, negative)):
+        got = read_labels(table(tmp_path, f"slide_id,case_id,x\na,a,{first}\nb,b,{second}\n"))
+        assert (got.classes, got.guessed) == ((negative, positive), False)
+        assert got.summary() == f"label x: 1 {negative}, 1 {positive} (the positive class)"
+
+
+@pytest.mark.parametrize("pair", [("LUAD", "LUSC"), ("1", "2"), ("A", "B"), ("Yes", "yes"), ("stage-1", "stage-2")])
+def test_of_an_unknown_pair_the_line_says_how_to_choose(tmp_path: Path, pair: tuple[str, str]) -> None:
+    path = table(tmp_path, f"slide_id,case_id,x\na,a,{pair[1]}\nb,b,{pair[0]}\n")
+    got = read_labels(path)
+    assert got.classes == pair
+    assert got.summary().endswith(f"1 {pair[1]} (the positive class, as it sorts last; --positive changes it)")
+    turned = read_labels(path, options=LabelOptions(positive=pair[0]))
+    assert (turned.classes, turned.guessed) == ((pair[1], pair[0]), False)
+    assert read_labels(path, options=LabelOptions(classes=pair[::-1])).classes == pair[::-1]
+
+
+def test_classes_that_do_not_occur_are_told_with_those_that_do(tmp_path: Path) -> None:
+    two = table(tmp_path, "slide_id,label\na,x\nb,y\n")
+    three = table(tmp_path, "slide_id,label\na,x\nb,y\nc,z\n", "three.csv")
+    for path, options, told in (
+        (two, LabelOptions(positive="z"), "--positive: expected a class that occurs, got 'z'; it has 'x', 'y'"),
+        (three, LabelOptions(positive="z"), "--positive: expected two classes, got 3; it has 'x', 'y', 'z'; set the"),
+        (
+            two,
+            LabelOptions(classes=("x", "y", "z")),
+            "--classes: expected classes that occur, got 'z'; it has 'x', 'y'",
+        ),
+        (three, LabelOptions(classes=("x", "y")), "line 4: column 'label': expected one of 'x', 'y', got 'z'"),
+        (two, LabelOptions(classes=("x", "y"), positive="x"), "positive: expected the second of two classes, got 'x'"),
+        (two, LabelOptions(classes=("x",)), "classes: expected two or more different names, got 'x'"),
+    ):
+        with refused(told):
+            read_labels(path, options=options)
+    assert read_labels(three, options=LabelOptions(classes=("z", "x", "y"))).table["label"].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["case_id", "case", "Case_ID", "PATIENT", "patient id", "bcr_patient_barcode", "case_submitter_id", "submitter_id"],
+)
+@pytest.mark.parametrize("slide", ["slide_id", "slide", "FILENAME", "Slide ID"])
+def test_columns_of_ids_by_their_usual_names(tmp_path: Path, slide: str, name: str) -> None:
+    got = read_labels(table(tmp_path, f"{name},{slide},er\np,a,0\np,b,1\n"))
+    assert (got.table.index.tolist(), got.table["case_id"].tolist(), got.name) == (["a", "b"], ["p", "p"], "er")
+    assert got.notes == ()
+
+
+def test_the_exact_names_win_and_a_label_may_be_named_like_an_id(tmp_path: Path) -> None:
+    path = table(tmp_path, "slide_id,filename,case_id,Patient,case\na,1,p,q,0\nb,2,p,r,1\n")
+    got = read_labels(path, label="case")
+    assert (got.table.index.tolist(), got.table["case_id"].tolist(), got.name) == (["a", "b"], ["p", "p"], "case")
+    assert read_labels(path, label="case", options=LabelOptions(case_from="Patient")).table["case_id"].tolist() == [
+        "q",
+        "r",
+    ]
+    with refused(path, "--case-from: expected a column or tcga, got 'x'; it has 'slide_id'"):
+        read_labels(path, label="case", options=LabelOptions(case_from="x"))
+
+
+def test_tcga_barcodes_offer_their_patients(tmp_path: Path) -> None:
+    slides = ["TCGA-A1-A0SB-01Z-00-DX1.x", "TCGA-A1-A0SB-01Z-00-DX2.y", "TCGA-A1-A0SD-01Z"]
+    path = table(tmp_path, "slide_id,label\n" + "".join(f"{slide},{i % 2}\n" for i, slide in enumerate(slides)))
+    got = read_labels(path)
+    assert got.table["case_id"].tolist() == slides
+    offer = "the first 12 characters of the TCGA barcodes make 2 patients, not 3; --case-from tcga takes those"
+    assert got.notes == (f"{path}: no column case_id: each of the 3 slides is taken as a patient", f"{path}: {offer}")
+    taken = read_labels(path, options=LabelOptions(case_from="tcga"))
+    assert (taken.table["case_id"].tolist(), taken.notes) == (["TCGA-A1-A0SB"] * 2 + ["TCGA-A1-A0SD"], ())
+    copied = table(tmp_path, "slide_id,case_id,label\n" + "".join(f"{s},{s},{i % 2}\n" for i, s in enumerate(slides)))
+    assert read_labels(copied).notes == (f"{copied}: {offer}",)
+    other = table(tmp_path, "slide_id,label\na,1\nb,0\n")
+    with refused(other, "--case-from tcga: expected slides named like TCGA-XX-XXXX, got 'a'; add a column case_id"):
+        read_labels(other, options=LabelOptions(case_from="tcga"))
 
 
 def test_tabs_quotes_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
@@ -104,7 +244,13 @@ def test_tabs_quotes_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ("", ("expected a header and rows, got an empty file",)),
         ("\n\n,,\n", ("expected a header and rows, got an empty file",)),
         ("slide_id,label\n", ("expected a row for each slide, got a header alone",)),
-        ("slide,label\na,1\n", ("expected a column 'slide_id', got 'slide', 'label'",)),
+        ("name,label\na,1\n", ("expected a column 'slide_id', got 'name', 'label'",)),
+        ("slide,wsi,label\na,b,1\n", ("expected a column 'slide_id', got 'slide', 'wsi'; name the one that counts",)),
+        ("slide_id,case,Patient,label\na,b,c,1\n", ("got 'case', 'Patient'; choose one with --case-from",)),
+        ('slide_id,label\n"a\rb",1\n', ("line 3: expected ids without control characters, got 'a\\rb'; rename it",)),
+        ("slide_id,case_id,label\na,x\x7f,1\n", ("line 2: expected ids without control", "'x\\x7f'")),
+        ("slide_id,label\na,x\u2028y\nb,z\n", ("column 'label': expected classes without control", "'x\\u2028y'")),
+        ("slide_id;label\na;0,5\nb;1,5\n", ("expected classes, got numbers with decimal commas such as 0,5",)),
         ("slide_id|label\na|1\n", ("expected a column 'slide_id', got 'slide_id|label'",)),
         ("slide_id,label,label\na,1,0\n", ("expected each column once, got 'label' twice",)),
         ("slide_id,label\na,1\n\nb,0\na,0\n", ("line 5: expected each slide once, got 'a' again (first on line 2)",)),
