@@ -39,13 +39,31 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def notes(self) -> list[str]:
+        """What was found or converted while slides were read, a line each."""
+        noted = getattr(self.source, "noted", {})
+        lines = []
+        for note, slides in noted.items():
+            slides = [slide for slide in slides if slide in self.paths]
+            if slides:
+                more = f" and {len(slides) - 1} more slides" if len(slides) > 1 else ""
+                lines.append(f"{self.source.name(slides[0])}{more}: {note}")
+        return lines
+
     def read(self, slide_id: str) -> Tensor:
         """Features (N, L) of a slide in the type of the cohort; of a packed store they are mapped, not read.
 
         Raises:
-            InputError: as `read_slide` or `PackedStore.read`.
+            InputError: as `read_slide` or `PackedStore.read`; or another number of patches than `sizes` says.
         """
-        return torch.from_numpy(self.source.read(slide_id, self.width)).to(self.dtype)
+        features = self.source.read(slide_id, self.width)
+        if len(features) != self.sizes[slide_id]:
+            raise InputError(
+                f"{self.source.name(slide_id)}: expected {self.sizes[slide_id]} patches as before, got "
+                f"{len(features)}: the file was changed; start again"
+            )
+        return torch.from_numpy(features).to(self.dtype)
 
 
 def open_cohort(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from momkd.data.atomic import make_folder
-from momkd.data.raw import check_id, check_written, one_line, own, plain_attributes
+from momkd.data.raw import check_id, check_written, locked_elsewhere, one_line, own, plain_attributes
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
@@ -52,18 +52,24 @@ class SlideGraphs:
         if coords is None:
             raise InputError(no_coords(self.source.name(slide_id)))
         if rows is not None or self.folder is None:
-            return knn(coords if rows is None else coords[rows], self.neighbours)
+            return self._knn(slide_id, coords if rows is None else coords[rows])
         kept = self.folder / f"{check_id(slide_id, self.source.name(slide_id))}.h5"
         digest = hashlib.blake2b(np.ascontiguousarray(coords).tobytes(), digest_size=16).hexdigest()
         if kept.is_file():
             return _read(kept, self.neighbours, digest)
-        edges = knn(coords, self.neighbours)
+        edges = self._knn(slide_id, coords)
         make_folder(self.folder)
         with write_hdf5(kept) as file:
             for name in _LISTS:
                 file.create_dataset(name, data=getattr(edges, name).numpy())
             file.attrs.update({"neighbours": self.neighbours, "coords": np.bytes_(digest)})
         return edges
+
+    def _knn(self, slide_id: str, coords: npt.NDArray[np.int64]) -> Edges:
+        try:
+            return knn(coords, self.neighbours)
+        except ValueError as error:
+            raise InputError(f"{self.source.name(slide_id)}: {error}") from error
 
 
 def no_coords(name: str) -> str:
@@ -85,6 +91,8 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
                 lists.append(torch.from_numpy(data[:].astype(np.int32)))
             made = plain_attributes(file)
         edges = from_lists(*lists)
+    except BlockingIOError as error:
+        raise InputError(locked_elsewhere(path)) from error
     except Exception as error:  # HDF5's errors on a damaged file have several roots
         raise InputError(
             f"{path}: expected a graph of momkd, got one that does not read ({one_line(error)}); remove it"

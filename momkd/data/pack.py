@@ -56,13 +56,14 @@ _FINEST = 2.0**-14  # root mean square from which rounding to float16 costs a re
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written: the file, slides, patches, bytes; and the slides that were left out, with the reason."""
+    """What was written: the file, slides, patches, bytes; the slides that were left out, with the reason; and notes."""
 
     path: Path
     slides: int
     patches: int
     nbytes: int
     skipped: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
 
 def pack(
@@ -93,9 +94,11 @@ def pack(
     """
     if dtype not in ("float16", "float32"):
         raise InputError(f"dtype: expected float16 or float32, got {dtype!r}")
-    if isinstance(open_source(features), PackedStore):
+    source = open_source(features)
+    if isinstance(source, PackedStore):
         raise InputError(f"{features}: expected a folder of feature files, got a packed store; it is packed already")
-    target = _target(Path(out), Path(features))
+    nested = any(path.parent != Path(features) for path in source.paths.values())
+    target = _target(Path(out), Path(features), nested)
     cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours)
     plan = _Plan.of(cohort, dtype, neighbours)
     try:
@@ -105,7 +108,7 @@ def pack(
     except OSError as error:
         raise cannot_write(out, error, _needed(target, plan)) from error
     rows = sum(cohort.sizes[slide] for slide in writer.done)
-    return Packed(Path(out), len(writer.done), rows, plan.size, cohort.skipped)
+    return Packed(Path(out), len(writer.done), rows, plan.size, cohort.skipped, cohort.notes)
 
 
 def verify(path: Path | str, report: Callable[[int, int], None] | None = None) -> dict[str, str]:
@@ -562,14 +565,15 @@ def _lock(file: int, path: Path) -> None:
         ) from error
 
 
-def _target(out: Path, features: Path) -> Path:
+def _target(out: Path, features: Path, nested: bool) -> Path:
     """Where to write, links followed; never over something that is no store, nor among the slides."""
     target = Path(os.path.realpath(out))
     if target.is_dir():
         raise InputError(f"{out}: expected the name of a file, got a folder; name a file in it, such as cohort.h5")
     if not target.parent.is_dir():
         raise InputError(f"{out}: cannot write it: No such file or directory; create the folder first")
-    if target.parent == Path(os.path.realpath(features)):
+    inside = (target.parent, *target.parent.parents) if nested else (target.parent,)
+    if Path(os.path.realpath(features)) in inside:
         raise InputError(f"{out}: expected a file outside {features}, where it would pass for a slide; choose another")
     if target.exists():
         try:

@@ -32,7 +32,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from momkd.data.raw import PACKED, Array, all_finite, check_id, one_line, own, plain_attributes
+from momkd.data.files import regular_file
+from momkd.data.raw import PACKED, Array, all_finite, check_id, locked_elsewhere, one_line, own, plain_attributes
 from momkd.errors import InputError
 from momkd.graph import Edges, from_lists
 
@@ -103,8 +104,7 @@ class PackedStore:
 
     def __init__(self, path: Path | str, *, check: bool = True) -> None:
         self.path, self.check = Path(path), check
-        if not self.path.is_file():
-            raise InputError(f"{path}: expected a packed store, got nothing there; check --features")
+        regular_file(path, "a packed store", "check --features")
         try:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
@@ -339,6 +339,8 @@ def _regions(path: Path, size: int) -> tuple[dict[str, _Region], int | None]:
             return {name: _region(file, name, *each, size) for name, each in wanted.items()}, neighbours
     except InputError:
         raise
+    except BlockingIOError as error:
+        raise InputError(locked_elsewhere(path)) from error
     except Exception as error:  # HDF5's errors on a foreign or damaged file have several roots
         raise InputError(
             f"{path}: expected a packed store, got a file that does not read ({one_line(error)}); {_AGAIN}"

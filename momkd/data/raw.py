@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
+import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +21,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from momkd.data.files import regular_file
+from momkd.data.hdf5_text import text_attributes
+from momkd.data.pickles import ForeignObjects, check_nesting, short_reason
+from momkd.data.placement import TEXTS
 from momkd.errors import InputError
 
 Array = npt.NDArray[Any]
 
 HDF5 = (".h5", ".hdf5")
 SUFFIXES = (*HDF5, ".pt", ".npy")
+OTHER_NAMES = ("feats", "embeddings", "x")  # of features, in the files of other projects
 PACKED = "momkd packed store"  # attribute `format` of the files of `momkd pack`
+_MANY = 256  # datasets of a file that are looked at
 _DEFLATE = 1100  # bytes that one compressed byte can become, at most
 
 
@@ -35,8 +43,13 @@ class Raw(ABC):
     shape: tuple[int, ...]
     dtype: str
     kind: str  # "f" for floating point, as in numpy
-    has_coords: bool
+    coords_shape: tuple[int, ...] | None = None
     attrs: dict[str, Any]
+    note = ""  # what a reader should know of how the file was read
+
+    @property
+    def has_coords(self) -> bool:
+        return self.coords_shape is not None
 
     @abstractmethod
     def read_features(self) -> Array: ...
@@ -49,30 +62,23 @@ class _RawHdf5(Raw):
     def __init__(self, path: Path, file: h5py.File) -> None:
         if plain_attributes(file).get("format") == PACKED:
             raise InputError(f"{path}: expected one slide, got a packed store; give --features the store itself")
-        self._features = self._dataset(path, file, "features")
-        self._coords = self._dataset(path, file, "coords") if "coords" in file else None
+        name, self._features = _features_of(path, file)
+        self.note = "" if name == "features" else _note(f"dataset {name!r}")
+        coords = own(file, "coords")
+        self._coords = coords if isinstance(coords, h5py.Dataset) and coords.shape is not None else None
+        if self._coords is None and "coords" in file:
+            raise InputError(f"{path}: coords: expected a dataset, got something else; extract again")
         size = path.stat().st_size
-        for name, data in (("features", self._features), ("coords", self._coords)):
-            if data is not None:
-                check_written(path, name, data, size)
+        check_written(path, name, self._features, size)
+        if self._coords is not None:
+            check_written(path, "coords", self._coords, size)
         self.shape, self.kind = tuple(self._features.shape), self._features.dtype.kind
-        self.dtype, self.has_coords = str(self._features.dtype), self._coords is not None
+        self.dtype = str(self._features.dtype)
+        self.coords_shape = None if self._coords is None else tuple(self._coords.shape)
         self.attrs = {}
         for holder in (file, self._features, self._coords):
             if holder is not None:
-                self.attrs.update(plain_attributes(holder))
-
-    @staticmethod
-    def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
-        item = own(file, name)
-        if isinstance(item, h5py.Dataset) and item.shape is not None:
-            return item
-        there: list[str] = []
-        file.visititems(lambda key, value: there.append(key) if getattr(value, "shape", None) is not None else None)
-        listed = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-        raise InputError(
-            f"{path}: expected a dataset {name!r}, got {listed or 'no dataset at all'}; rename it or extract again"
-        )
+                self.attrs.update(plain_attributes(holder, TEXTS))
 
     def read_features(self) -> Array:
         return np.asarray(self._features[...])
@@ -80,6 +86,45 @@ class _RawHdf5(Raw):
     def read_coords(self) -> Array:
         assert self._coords is not None
         return np.asarray(self._coords[...])
+
+
+def _features_of(path: Path, file: h5py.File) -> tuple[str, h5py.Dataset]:
+    """Name and dataset of the features: `features`, else the one under another usual name, else the only candidate."""
+    item = own(file, "features")
+    if isinstance(item, h5py.Dataset) and item.shape is not None:
+        return "features", item
+    there: dict[str, tuple[int, ...]] = {}
+
+    def look(key: str, value: Any) -> bool | None:
+        if isinstance(value, h5py.Dataset) and value.shape is not None:
+            there[key] = tuple(value.shape) if value.dtype.kind == "f" else ()
+        return True if len(there) >= _MANY else None
+
+    file.visititems(look)
+    name = only_features(there) if item is None else None
+    if name is not None and isinstance(item := own(file, name), h5py.Dataset):
+        return name, item
+    listed = ", ".join(key[:40] for key in list(there)[:8]) + (", ..." if len(there) > 8 else "")
+    raise InputError(
+        f"{path}: expected a dataset 'features', got {listed or 'no dataset at all'}; rename it or extract again"
+    )
+
+
+def only_features(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Which of several arrays is the features: the one of a usual name, else the only one of two dimensions.
+
+    Args:
+        shapes: of floating-point arrays by name; () for others.
+    """
+    flat = [name for name, shape in shapes.items() if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)]
+    named = [name for name in flat if name in OTHER_NAMES]
+    flat = [name for name in flat if name.rpartition("/")[2].lower() not in ("coords", "coordinates", "locations")]
+    chosen = named or flat
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def _note(place: str) -> str:
+    return f"features were read from {place}, there is no 'features'"
 
 
 def own(file: h5py.File, name: str) -> Any:
@@ -101,11 +146,11 @@ def own(file: h5py.File, name: str) -> Any:
     return place
 
 
-def plain_attributes(holder: Any) -> dict[str, Any]:
+def plain_attributes(holder: Any, texts: Sequence[str] = ()) -> dict[str, Any]:
     """Attributes of a file, group or dataset: numbers, and texts of fixed length, as Python values.
 
-    Texts of variable length are left out. They lie in a heap of the file, and where that is damaged HDF5 may search it
-    without end.
+    Texts of variable length are left out, apart from those named in `texts`. They lie in a heap of the file, and where
+    that is damaged HDF5 may search it without end: these are read by `text_attributes`, or are None.
     """
     plain: dict[str, Any] = {}
     for name in holder.attrs:
@@ -113,7 +158,10 @@ def plain_attributes(holder: Any) -> dict[str, Any]:
         fixed = isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str()
         if fixed or isinstance(kind, h5py.h5t.TypeIntegerID | h5py.h5t.TypeFloatID | h5py.h5t.TypeEnumID):
             plain[name] = _plain(holder.attrs[name])
-    return plain
+        elif name in texts:
+            plain[name] = None
+    wanted = [name for name, value in plain.items() if value is None]
+    return plain | text_attributes(holder, wanted) if wanted else plain
 
 
 def check_written(path: Path, name: str, data: h5py.Dataset, size: int) -> None:
@@ -138,23 +186,26 @@ class _RawTensor(Raw):
         self.attrs = {}
         coords: object = None
         if isinstance(value, dict):
-            if "features" not in value:
-                keys = ", ".join(map(str, list(value)[:8]))
+            coords, name = value.get("coords"), "features" if "features" in value else _only_tensor(value)
+            if name is None:
+                keys = ", ".join(key[:40] if isinstance(key, str) else type(key).__name__ for key in list(value)[:8])
                 raise InputError(
                     f"{path}: expected a tensor or a dict with 'features', got keys {keys or '(none)'}; rename the key"
                 )
-            coords = value.get("coords")
-            value = value["features"]
+            self.note = "" if name == "features" else _note(f"key {name!r}")
+            value = value[name]
         self._features = self._dense(path, "features", value)
         self._coords = self._dense(path, "coords", coords) if coords is not None else None
         self.shape, self.dtype = tuple(self._features.shape), str(self._features.dtype).removeprefix("torch.")
         self.kind = "f" if self._features.is_floating_point() else "i"
-        self.has_coords = self._coords is not None
+        self.coords_shape = None if self._coords is None else tuple(self._coords.shape)
 
     @staticmethod
     def _dense(path: Path, name: str, value: object) -> Tensor:
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise InputError(f"{path}: {name}: expected a dense tensor, got {_kind(value)}; save it as one tensor")
+            raise InputError(
+                f"{path}: {name}: expected a dense tensor, got {_kind(value)}; save it as one tensor, a row a patch"
+            )
         value = value.detach()
         there = value.untyped_storage().nbytes()
         if value.numel() * value.element_size() > there:
@@ -180,7 +231,7 @@ class _RawArray(Raw):
             raise InputError(f"{path}: expected one array, got {_kind(value)}; save it with numpy.save")
         self._features = value
         self.shape, self.dtype, self.kind = value.shape, str(value.dtype), value.dtype.kind
-        self.has_coords, self.attrs = False, {}
+        self.attrs = {}
 
     def read_features(self) -> Array:
         return np.array(self._features)
@@ -195,9 +246,7 @@ def open_raw(path: Path) -> Iterator[Raw]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a feature file ({', '.join(SUFFIXES)}), got {suffix or 'no ending'}")
-    if not path.is_file():
-        came = "a folder" if path.is_dir() else "nothing there"
-        raise InputError(f"{path}: expected a feature file, got {came}; check the path")
+    regular_file(path, "a feature file")
     with contextlib.ExitStack() as stack:
         try:
             if suffix in HDF5:
@@ -216,7 +265,8 @@ def load_torch(path: Path) -> Any:
     """What torch.save wrote, mapped where the format allows; nothing in it is executed.
 
     Raises:
-        Exception: of nearly any kind, from the unpickler of a damaged file.
+        ForeignObjects: it holds something else than tensors and plain values.
+        Exception: of nearly any other kind, from the unpickler of a damaged file.
     """
     with path.open("rb") as file:
         mapped = file.read(2) == b"PK"  # the zip format; older files cannot be mapped
@@ -225,18 +275,36 @@ def load_torch(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
                     raise ValueError("compressed, which torch.save never does")
+        check_nesting(path, zipped=mapped)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (AssertionError, NotImplementedError, MemoryError) as error:
+    except (AssertionError, NotImplementedError, MemoryError, RecursionError) as error:
         raise ValueError(one_line(error)) from error
+    except pickle.UnpicklingError as error:
+        raise short_reason(error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> NoReturn:
     suffix = path.suffix.lower()
     kind = "HDF5 file" if suffix in HDF5 else "file of tensors" if suffix == ".pt" else "NumPy array"
+    if isinstance(error, ForeignObjects):
+        raise InputError(
+            f"{path}: expected tensors alone, got {error}; save one tensor (N, L), such as torch.from_numpy(array), or "
+            "an array by numpy.save as .npy"
+        ) from error
     if isinstance(error, PermissionError):
         raise InputError(f"{path}: expected a readable {kind}, got no permission; change its mode or owner") from error
+    if isinstance(error, BlockingIOError):  # errno 11, "unable to lock file"
+        raise InputError(locked_elsewhere(path)) from error
     cause = f"{path.stat().st_size} bytes that do not read ({one_line(error)})" if path.exists() else "nothing there"
     raise InputError(f"{path}: expected a whole {kind}, got {cause}; copy or extract it again") from error
+
+
+def locked_elsewhere(path: Path | str) -> str:
+    """What is said of an HDF5 file that another program is writing, or of a disk that knows no locks."""
+    return (
+        f"{path}: expected a file that can be read, got one that another program has open for writing; close it there, "
+        "or set HDF5_USE_FILE_LOCKING=FALSE if none has"
+    )
 
 
 def all_finite(values: Array) -> bool:
@@ -262,15 +330,27 @@ def check_id(slide_id: str, source: str) -> str:
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """The text of a library's error on one line, cut to `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The text of a library's error on one line, without codes for a terminal, cut to `limit` characters."""
+    plain = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~])?", "", str(error))
+    text = " ".join("".join(sign if sign.isprintable() else " " for sign in plain).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, list | tuple) and value:
+        first = (
+            f"tensors, the first {tuple(value[0].shape)}" if isinstance(value[0], Tensor) else type(value[0]).__name__
+        )
+        return f"a {type(value).__name__} of {len(value)} {first}"
     if isinstance(value, Tensor):
         return "a sparse or quantised tensor"
     return f"a {type(value).__name__}"
+
+
+def _only_tensor(values: dict[Any, Any]) -> str | None:
+    """The key of the features among others; see `only_features`."""
+    tensors = {key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return only_features({k: tuple(t.shape) if t.is_floating_point() else () for k, t in tensors.items()})
 
 
 def _plain(value: Any) -> Any:

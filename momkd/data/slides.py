@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
 from momkd.data.atomic import atomic_write
+from momkd.data.files import existing_folder
+from momkd.data.placement import Placement, check_spacing, placement
 from momkd.data.raw import SUFFIXES, Array, Raw, all_finite, open_raw
 from momkd.errors import InputError
 
+_FURTHEST = 2**52  # of coordinates: their differences are exact in float64
 _BLOCK = 1 << 22  # values that one step of the finite check looks at, to bound its memory
 
 
@@ -31,9 +35,11 @@ class Slide:
     Args:
         slide_id: the file name without its last ending.
         features: (N, L) float16 or float32, finite; N may be 0.
-        coords: (N, 2) int64, x and y of the top-left corner in level-0 pixels (may be negative), or None.
+        coords: (N, 2) int64, x and y of the top-left corner in level-0 pixels (may be negative), or None. Where the
+            attribute `coords_unit` is there, in that unit instead; see `momkd.data.placement`.
         attrs: attributes of the file, its features and its coordinates (`patch_size_level0`, ...): numbers, and texts
-            of fixed length.
+            of fixed length. `patch_size_level0` is there where it follows from others.
+        notes: what was found or converted, a line each.
     """
 
     slide_id: str
@@ -41,30 +47,68 @@ class Slide:
     features: Array  # (N, L)
     coords: npt.NDArray[np.int64] | None = None  # (N, 2)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def find_slides(directory: Path | str) -> dict[str, Path]:
-    """The feature files of a folder by slide id, sorted; hidden files and other endings are left out.
+class Header(NamedTuple):
+    """What a feature file says before values are read: (N, L), the type once read, and notes as of `Slide`."""
+
+    patches: int
+    width: int
+    dtype: str  # "float16" or "float32"
+    has_coords: bool
+    notes: tuple[str, ...]
+
+
+def find_slides(directory: Path | str, *, recursive: bool | None = None) -> dict[str, Path]:
+    """The feature files of a folder by slide id, sorted; hidden files and folders and other endings are left out.
+
+    Args:
+        directory: the folder.
+        recursive: also look into its folders, such as one a patient, at any depth; links are followed, each folder is
+            visited once. None does so where the folder itself holds no feature file.
 
     Raises:
-        InputError: no such folder, no feature file in it, or two files of one slide.
+        InputError: no such folder, no feature file in it, two files of one slide, or a folder that cannot be read.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        came = "a file" if folder.exists() else "nothing there"
-        raise InputError(f"{folder}: expected a folder of feature files, got {came}; check --features")
+    folder = existing_folder(directory, "a folder of feature files", "check --features")
+    files = _files_of(folder, nested=False) if not recursive else []
+    if not files and recursive is not False:
+        files = _files_of(folder, nested=True)
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
-            continue
+    for path in files:
         if path.stem in found:
-            raise InputError(
-                f"{folder}: expected one file a slide, got {found[path.stem].name} and {path.name}; remove one of them"
-            )
+            pair = [str(each.relative_to(folder)) for each in (found[path.stem], path)]
+            remedy = "remove one of them" if path.parent == folder else "give the folder of one of them, or rename one"
+            raise InputError(f"{folder}: expected one file a slide, got {pair[0]} and {pair[1]}; {remedy}")
         found[path.stem] = path
     if not found:
-        raise InputError(f"{folder}: expected feature files ({', '.join(SUFFIXES)}), got none; {_elsewhere(folder)}")
+        where = "" if recursive is False else ", nor in its folders"
+        raise InputError(f"{folder}: expected feature files ({', '.join(SUFFIXES)}), got none{where}; check --features")
     return dict(sorted(found.items()))
+
+
+def _files_of(folder: Path, *, nested: bool) -> list[Path]:
+    """Feature files, sorted, of a folder or of all folders in it."""
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()  # folders, so that links which lead back end
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        try:
+            state = place.stat()
+            entries = [] if (state.st_dev, state.st_ino) in seen else sorted(os.scandir(place), key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"{place}: expected a folder that can be read, got {error.strerror}; check it") from error
+        seen.add((state.st_dev, state.st_ino))
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
+                files.append(place / entry.name)
+            elif nested and entry.is_dir():
+                waiting.append(place / entry.name)
+    return sorted(files)
 
 
 def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool = True) -> Slide:
@@ -72,7 +116,9 @@ def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool 
 
     Args:
         path: .h5 or .hdf5 (datasets `features` and `coords`), .pt (a tensor, or a dict with these keys) or .npy.
-            Features are (N, L) or (1, N, L); an empty slide may be (0,). float64 and bfloat16 become float32.
+            Where there is no `features`, `feats`, `embeddings` or `x` does as well, or the only floats of two
+            dimensions. Features are (N, L) or (1, N, L); an empty slide may be (0,). float64 and bfloat16 become
+            float32.
         width: the L that is expected; None takes any.
         with_coords: also read coordinates, where the file has them.
 
@@ -81,7 +127,7 @@ def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool 
 
     Raises:
         InputError: missing, broken or foreign file, missing dataset, wrong shape, type or width, a value that is not
-            finite, coordinates that don't fit.
+            finite, coordinates that don't fit the features, or whose grid contradicts the size of patches.
     """
     path = Path(path)
     with open_raw(path) as raw:
@@ -89,8 +135,10 @@ def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool 
         features = raw.read_features().reshape(n, length)
         features = _as_float(features)  # (N, L)
         _check_finite(path, features)
-        coords = _checked_coords(path, raw, n) if with_coords and raw.has_coords else None
-        return Slide(path.stem, path, features, coords, raw.attrs)
+        coords, attrs, note = None, raw.attrs, ""
+        if with_coords and raw.has_coords:
+            coords, attrs, note = _checked_coords(path, raw, n)
+        return Slide(path.stem, path, features, coords, attrs, tuple(filter(None, (raw.note, note))))
 
 
 def slide_shape(path: Path | str) -> tuple[int, int]:
@@ -99,23 +147,23 @@ def slide_shape(path: Path | str) -> tuple[int, int]:
     L is 0 where an empty slide does not say its width.
 
     Raises:
-        InputError: as `read_slide`, apart from width, values and coordinates.
+        InputError: as `read_slide`, apart from width, values and coordinates; their number is checked.
     """
-    return slide_header(path)[:2]
+    header = slide_header(path)
+    return header.patches, header.width
 
 
-def slide_header(path: Path | str) -> tuple[int, int, str]:
-    """As `slide_shape`, and the type that the features will have once read, "float16" or "float32"."""
+def slide_header(path: Path | str) -> Header:
+    """As `slide_shape`, with the type that the features will have, whether there are coordinates, and notes."""
     path = Path(path)
     with open_raw(path) as raw:
         n, length = _checked_shape(path, raw, None)
-        return n, length, "float16" if raw.dtype.lstrip("<>=") in ("float16", "f2") else "float32"
-
-
-def has_coords(path: Path | str) -> bool:
-    """Whether a feature file says where its patches lie; nothing is read or checked."""
-    with open_raw(Path(path)) as raw:
-        return raw.has_coords
+        dtype = "float16" if raw.dtype.lstrip("<>=") in ("float16", "f2") else "float32"
+        note = ""
+        if raw.has_coords:
+            with contextlib.suppress(InputError):  # it is raised where coordinates are wanted
+                note = placement(str(path), raw.attrs).note
+        return Header(n, length, dtype, raw.has_coords, tuple(filter(None, (raw.note, note))))
 
 
 def read_coords(path: Path | str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
@@ -127,7 +175,17 @@ def read_coords(path: Path | str) -> tuple[npt.NDArray[np.int64] | None, dict[st
     path = Path(path)
     with open_raw(path) as raw:
         n, _ = _checked_shape(path, raw, None)
-        return (_checked_coords(path, raw, n) if raw.has_coords else None), raw.attrs
+        return _checked_coords(path, raw, n)[:2] if raw.has_coords else (None, raw.attrs)
+
+
+def slide_attributes(path: Path | str) -> dict[str, Any]:
+    """The attributes of a feature file as `read_coords` gives them, without reading values."""
+    path = Path(path)
+    with open_raw(path) as raw:
+        if raw.has_coords:
+            with contextlib.suppress(InputError):  # it is raised where coordinates are wanted
+                return placement(str(path), raw.attrs).attrs
+        return raw.attrs
 
 
 def write_trident(
@@ -192,6 +250,7 @@ def _checked_shape(path: Path, raw: Raw, width: int | None) -> tuple[int, int]:
             f"{path}: features: expected floating point, got {raw.dtype}; write the encoder's output, not codes or ids"
         )
     if shape in ((0,), (0, 0)):
+        _check_rows(path, raw, 0)
         return 0, width or 0
     if len(shape) != 2:
         raise InputError(
@@ -204,7 +263,20 @@ def _checked_shape(path: Path, raw: Raw, width: int | None) -> tuple[int, int]:
         raise InputError(
             f"{path}: features: expected width {width}, got {length}; all slides need features of one encoder"
         )
+    _check_rows(path, raw, n)
     return n, length
+
+
+def _check_rows(path: Path, raw: Raw, n: int) -> None:
+    """Coordinates of another number of patches belong to other features, whether they are used or not."""
+    shape = raw.coords_shape
+    if shape is None:
+        return
+    rows = (shape[1:] if len(shape) == 3 and shape[0] == 1 else shape)[:1]
+    if rows != (n,):
+        raise InputError(
+            f"{path}: coords: expected ({n}, 2), one row a patch, got {shape}; extract the features of this slide again"
+        )
 
 
 def _as_float(features: Array) -> Array:
@@ -234,29 +306,38 @@ def _check_finite(path: Path, features: Array) -> None:
         )
 
 
-def _checked_coords(path: Path, raw: Raw, n: int) -> npt.NDArray[np.int64]:
+def _checked_coords(path: Path, raw: Raw, n: int) -> tuple[npt.NDArray[np.int64], dict[str, Any], str]:
+    """Coordinates (N, 2), the attributes, and what was converted."""
     coords = raw.read_coords()
     given = coords.shape
     if coords.ndim == 3 and len(coords) == 1:
         coords = coords[0]
     if n == 0 and coords.size == 0:
-        return np.zeros((0, 2), np.int64)
+        return np.zeros((0, 2), np.int64), raw.attrs, ""
     if coords.shape != (n, 2):
         raise InputError(
             f"{path}: coords: expected ({n}, 2), one row a patch, got {given}; extract the features of this slide again"
         )
-    fractions = coords.dtype.kind == "f" and not (coords == np.rint(coords)).all()
-    if fractions or coords.dtype.kind not in "fiu":
-        came = f"fractions in {coords.dtype}" if fractions else str(coords.dtype)
-        raise InputError(f"{path}: coords: expected whole level-0 pixels, got {came}; write integers")
-    if coords.dtype.kind != "i" and not (np.abs(coords) < 2**62).all():
-        raise InputError(f"{path}: coords: expected level-0 pixels, got values up to {coords.max()}; write int64")
+    placed = placement(str(path), raw.attrs)
+    points = _whole(path, coords, placed)
+    check_spacing(str(path), points, placed.attrs)
+    return points, placed.attrs, placed.note
+
+
+def _whole(path: Path, coords: Array, placed: Placement) -> npt.NDArray[np.int64]:
+    """Coordinates as integers, once they are numbers of a slide."""
+    if coords.dtype.kind not in "fiu":
+        raise InputError(f"{path}: coords: expected whole level-0 pixels, got {coords.dtype}; write integers")
+    if placed.scale is not None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            coords = np.rint(coords.astype(np.float64) * placed.scale)
+    if coords.dtype.kind == "f" and not (coords == np.rint(coords)).all():
+        raise InputError(
+            f"{path}: coords: expected whole level-0 pixels, got fractions in {coords.dtype}; write integers, or the "
+            "attribute unit = um"
+        )
+    # Both ends: the absolute value of the least int64 is negative.
+    if not ((coords < _FURTHEST) & (coords > (0 if coords.dtype.kind == "u" else -_FURTHEST) - 1)).all():
+        far = max((coords.min(), coords.max()), key=lambda end: abs(float(end)))
+        raise InputError(f"{path}: coords: expected level-0 pixels, got values up to {far}; extract the patches again")
     return coords.astype(np.int64)
-
-
-def _elsewhere(folder: Path) -> str:
-    """Where the files may be instead: CLAM and TRIDENT nest their folders."""
-    for inner in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if any(p.suffix.lower() in SUFFIXES for p in inner.iterdir()):
-            return f"its folder {inner.name} holds some: give {inner}"
-    return "check --features"

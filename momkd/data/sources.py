@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from momkd.data.packed import PackedStore
-from momkd.data.raw import Array, open_raw
-from momkd.data.slides import find_slides, has_coords, read_coords, read_slide, slide_header
+from momkd.data.raw import Array
+from momkd.data.slides import find_slides, read_coords, read_slide, slide_attributes, slide_header
+from momkd.errors import InputError
 from momkd.graph import Edges
+
+T = TypeVar("T")
 
 
 class SlideSource(Protocol):
@@ -43,31 +46,67 @@ class SlideSource(Protocol):
 
 @dataclass(frozen=True)
 class SlideFiles:
-    """Slides as `find_slides` finds them, one file each."""
+    """Slides as `find_slides` finds them, one file each. A file that changes after its header was read is refused."""
 
     paths: Mapping[str, Path]
+    noted: dict[str, list[str]] = field(default_factory=dict)  # what was found or converted -> slides
+    _seen: dict[str, tuple[tuple[int, int] | None, bool]] = field(default_factory=dict, repr=False)  # stamp, has_coords
 
     def name(self, slide_id: str) -> str:
         return str(self.paths[slide_id])
 
     def header(self, slide_id: str) -> tuple[int, int, str]:
-        return slide_header(self.paths[slide_id])
+        stamp = _stamp(self.paths[slide_id])
+        header = slide_header(self.paths[slide_id])
+        self._seen[slide_id] = stamp, header.has_coords
+        for note in header.notes:
+            slides = self.noted.setdefault(note, [])
+            if slide_id not in slides[-1:]:
+                slides.append(slide_id)
+        return header[:3]
 
     def has_coords(self, slide_id: str) -> bool:
-        return has_coords(self.paths[slide_id])
+        if slide_id not in self._seen:
+            self.header(slide_id)
+        return self._seen[slide_id][1]
 
     def read(self, slide_id: str, width: int | None = None) -> Array:
-        return read_slide(self.paths[slide_id], width=width, with_coords=False).features
+        return self._unchanged(slide_id, lambda path: read_slide(path, width=width, with_coords=False).features)
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
-        return read_coords(self.paths[slide_id])
+        return self._unchanged(slide_id, read_coords)
 
     def attributes(self, slide_id: str) -> dict[str, Any]:
-        with open_raw(self.paths[slide_id]) as raw:
-            return raw.attrs
+        return slide_attributes(self.paths[slide_id])
 
     def graph(self, slide_id: str, neighbours: int) -> Edges | None:
         return None
+
+    def _unchanged(self, slide_id: str, read: Callable[[Path], T]) -> T:
+        """What `read` finds in the file whose header was read, be it an error."""
+        path = self.paths[slide_id]
+
+        def check() -> None:
+            if slide_id in self._seen and _stamp(path) != self._seen[slide_id][0]:
+                raise InputError(
+                    f"{path}: expected the file that was there when the slides were looked through, got one that was "
+                    "changed since; start again once nothing writes to it"
+                )
+
+        check()
+        try:
+            return read(path)
+        finally:  # what a change leads to, be it an error, is not told
+            check()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of modification of a file, or None where nothing is there."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def open_source(features: Path | str) -> SlideSource:

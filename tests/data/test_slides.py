@@ -73,7 +73,7 @@ def test_any_finite_features_come_back_bit_for_bit(
     width = 16 if dtype == "float16" else 32
     finite = st.floats(width=width, allow_nan=False, allow_infinity=False)  # type: ignore[call-overload]
     features = data.draw(hnp.arrays(dtype, (n, length), elements=finite))
-    places = data.draw(hnp.arrays(np.int64, (n, 2)))
+    places = data.draw(hnp.arrays(np.int64, (n, 2), elements=st.integers(1 - 2**52, 2**52 - 1)))
     path = tmp_path_factory.mktemp("any") / "a.h5"
     write_trident(path, features, places, patch_size_level0=1, encoder="e")
     got = read_slide(path)
@@ -151,7 +151,7 @@ def test_numpy_files_of_any_layout(tmp_path: Path) -> None:
         assert got.features.flags["C_CONTIGUOUS"]
         np.testing.assert_array_equal(got.features, values())
     np.save(path, values(dtype=">f2"))
-    assert slide_header(path) == (5, 3, "float16")
+    assert slide_header(path)[:3] == (5, 3, "float16")
     assert read_slide(path).features.dtype == np.dtype("=f2")
 
 
@@ -177,7 +177,7 @@ def test_features_own_their_memory(tmp_path: Path, ending: str) -> None:
 def test_the_shape_comes_from_the_header(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, broken = tmp_path / f"a.{ending}", np.full((4, 2), np.nan, np.float64)
     if ending == "h5":
-        hdf5(path, broken, np.zeros((9, 9)))
+        hdf5(path, broken, np.zeros((4, 9)))
     elif ending == "pt":
         torch.save({"features": torch.from_numpy(broken)}, path)
     else:
@@ -188,8 +188,8 @@ def test_the_shape_comes_from_the_header(tmp_path: Path, ending: str, monkeypatc
 
     for name in ("_RawHdf5", "_RawTensor", "_RawArray"):
         monkeypatch.setattr(getattr(raw, name), "read_features", fail)
-    assert slide_shape(path) == (4, 2)  # NaN and coordinates that don't fit are not looked at
-    assert slide_header(path) == (4, 2, "float32")
+    assert slide_shape(path) == (4, 2)  # NaN and what is wrong with coordinates but their number are not looked at
+    assert slide_header(path)[:3] == (4, 2, "float32")
 
 
 def test_the_type_in_the_header_is_the_type_that_is_read(tmp_path: Path) -> None:
@@ -289,6 +289,7 @@ CODES = torch.ones(5, 3, dtype=torch.int8)
             ("coords: expected level-0 pixels, got values up to 1e+300",),
         ),
         ("a.h5", save_h5(values(), np.full((5, 2), 2**64 - 1, "u8")), ("coords: expected level-0 pixels, got",)),
+        ("a.h5", save_h5(values(), np.full((5, 2), -(2**63))), ("expected level-0 pixels, got values up to -9223",)),
         ("a.h5", save_h5(values(), np.full((5, 2), b"1")), ("coords: expected whole level-0 pixels, got |S1",)),
         ("a.h5", save_h5(np.zeros((0, 3), np.float32), np.zeros((2, 2), int)), ("coords: expected (0, 2)",)),
         # datasets and keys
@@ -296,9 +297,20 @@ CODES = torch.ones(5, 3, dtype=torch.int8)
         ("a.h5", save_nested, ("expected a dataset 'features', got inner/feats, other",)),
         ("a.h5", save_group, ("expected a dataset 'features', got no dataset at all",)),
         ("a.h5", save_dangling, ("expected a dataset 'features', got coords",)),
-        ("a.pt", save_pt({"feats": torch.ones(2, 2)}), ("a dict with 'features', got keys feats",)),
+        ("a.pt", save_pt({"a": torch.ones(2, 2), "b": torch.ones(2, 3)}), ("'features', got keys a, b; rename",)),
+        ("a.pt", save_pt({"feats": torch.ones(2, 2), "x": torch.ones(2, 3)}), ("'features', got keys feats, x",)),
+        ("a.pt", save_pt({"coords": torch.ones(2, 2)}), ("got keys coords",)),
+        ("a.pt", save_pt({3: torch.ones(2, 2)}), ("got keys int",)),
         ("a.pt", save_pt({}), ("got keys (none)",)),
-        ("a.pt", save_pt([torch.ones(2, 2)]), ("features: expected a dense tensor, got a list",)),
+        (
+            "a.pt",
+            save_pt([torch.ones(2, 2)] * 3),
+            ("a dense tensor, got a list of 3 tensors, the first (2, 2); save it",),
+        ),
+        ("a.pt", save_pt([[1], 2]), ("features: expected a dense tensor, got a list of 2 list",)),
+        ("a.pt", save_pt(values()), ("tensors alone, got NumPy arrays (numpy.", "save one tensor (N, L)", "as .npy")),
+        ("a.pt", save_pt({"features": [values()]}), ("expected tensors alone, got NumPy arrays (numpy.",)),
+        ("a.pt", save_pt(Path("a")), ("expected tensors alone, got objects (",)),
         ("a.pt", save_pt({"features": None}), ("features: expected a dense tensor, got a NoneType",)),
         ("a.pt", save_pt({"features": torch.ones(2, 2), "coords": [1]}), ("coords: expected a dense tensor",)),
         ("a.pt", save_pt(COO), ("features: expected a dense tensor, got a sparse or quantised tensor",)),
@@ -330,11 +342,15 @@ def test_the_width_is_checked_also_of_an_empty_slide(tmp_path: Path) -> None:
             read_slide(path, width=1024)
 
 
-def test_coordinates_that_are_not_wanted_are_not_checked(tmp_path: Path) -> None:
-    path = hdf5(tmp_path / "a.h5", values(), np.zeros((4, 7)))
+def test_of_coordinates_that_are_not_wanted_only_the_number_is_checked(tmp_path: Path) -> None:
+    path = hdf5(tmp_path / "a.h5", values(), np.zeros((5, 7)))
     assert read_slide(path, with_coords=False).coords is None
-    with refused(path, "coords"):
+    with refused(path, "coords: expected (5, 2)"):
         read_slide(path)
+    hdf5(path, values(), np.zeros((4, 2)))  # of other features: nobody knows which are right
+    for read in (slide_shape, lambda path: read_slide(path, with_coords=False)):
+        with refused(path, "coords: expected (5, 2), one row a patch, got (4, 2)"):
+            read(path)
 
 
 def test_whole_numbers_in_float_are_coordinates(tmp_path: Path) -> None:
@@ -405,7 +421,7 @@ def test_a_pickle_is_never_executed(tmp_path: Path, way: str) -> None:
     else:
         value: Any = {"features": torch.ones(2, 2), "x": Bomb(target)} if way == "in a dict" else Bomb(target)
         torch.save(value, path, _use_new_zipfile_serialization=way != "legacy")
-    with refused(path, "expected a whole"):
+    with refused(path, "expected a whole" if way.startswith("npy") else "expected tensors alone, got objects ("):
         read_slide(path)
     with refused(path):
         slide_shape(path)
@@ -452,18 +468,38 @@ def test_two_files_of_one_slide_are_refused(tmp_path: Path) -> None:
         find_slides(tmp_path)
 
 
-def test_a_folder_without_features_says_where_they_may_be(tmp_path: Path) -> None:
-    with refused(f"{tmp_path}: expected feature files (.h5, .hdf5, .pt, .npy), got none; check --features"):
-        find_slides(tmp_path)
+def test_a_folder_without_features(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "h5_files").mkdir()
-    (tmp_path / "h5_files" / "a.h5").touch()
-    with refused(f"got none; its folder h5_files holds some: give {tmp_path / 'h5_files'}"):
+    with refused(f"{tmp_path}: expected feature files (.h5, .hdf5, .pt, .npy), got none, nor in its folders; check"):
         find_slides(tmp_path)
     with refused(f"{tmp_path / 'none'}: expected a folder of feature files, got nothing there"):
         find_slides(tmp_path / "none")
+    (tmp_path / "a.h5").touch()
     with refused("got a file; check --features"):
-        find_slides(tmp_path / "h5_files" / "a.h5")
+        find_slides(tmp_path / "a.h5")
+
+
+def test_folders_in_folders(tmp_path: Path) -> None:
+    """One a patient, at any depth; links are followed and may lead in a circle."""
+    deep, elsewhere = tmp_path / "top" / "p1" / "block" / "stain", tmp_path / "elsewhere"
+    for folder in (deep, tmp_path / "top" / "p2", elsewhere, tmp_path / "top" / ".cache"):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.h5").touch()
+    (tmp_path / "top" / "p3").symlink_to(elsewhere)
+    (deep / "back").symlink_to(tmp_path / "top")
+    found = find_slides(tmp_path / "top")
+    assert found == {
+        "elsewhere": tmp_path / "top" / "p3" / "elsewhere.h5",
+        "p2": tmp_path / "top" / "p2" / "p2.h5",
+        "stain": deep / "stain.h5",
+    }
+    with refused("got none; check --features"):
+        find_slides(tmp_path / "top", recursive=False)
+    (elsewhere / "p2.pt").touch()
+    with refused("expected one file a slide, got p2/p2.h5 and p3/p2.pt; give the folder of one of them"):
+        find_slides(tmp_path / "top")
+    (tmp_path / "top" / "a.h5").touch()  # then it is this folder that holds the slides
+    assert list(find_slides(tmp_path / "top")) == ["a"]
 
 
 # Writing
