@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from momkd.data.own import read_bytes, short
+from momkd.data.raw import one_line
 from momkd.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -57,6 +59,7 @@ class ModelConfig:
     shared_projector: bool = _switch(True, "patches and pooled slides share one projector")
     temperature: float = _number(0.2, 0.01, 2, "of the attention at the start; it is learnt")
     dropout: float = _number(0.5, 0, 0.99, "in the classifier")
+    classifier_features: int = _number(128, 1, 65_536, "width between the layers of the classifier")
 
     @property
     def graph_neighbours(self) -> int | None:
@@ -91,6 +94,7 @@ class OmicsConfig:
     clip: float = _number(5.0, 0.1, 1000, "standard deviations at which a value is cut")
     features: int = _number(512, 1, 65_536, "width of the embedding of a profile")
     hidden_features: int = _number(512, 1, 65_536, "width of the tower between")
+    decoder_features: int | None = _number(None, 1, 65_536, "that of its decoder; unset: the same")
     dropout: float = _number(0.25, 0, 0.99, "in the tower")
     share: float = _number(1.0, 0, 1, "of the cases whose profile is used, drawn by train.seed: for learning curves")
 
@@ -126,13 +130,13 @@ class TrainConfig:
     weight_decay: float = _number(1e-4, 0, 10, "of AdamW")
     clip_norm: float = _number(1.0, 0, 1e9, "largest norm of the gradient; 0: not clipped")
     plateau_patience: int = _number(5, 0, 100_000, "epochs without a better validation score before the rate falls")
-    plateau_factor: float = _number(0.2, 1e-3, 1, "by which it falls")
+    plateau_factor: float = _number(0.2, 1e-3, 0.999, "by which it falls")
     patience: int = _number(15, 1, 100_000, "epochs without a better validation score before training ends")
     balanced: bool = _switch(True, "draw slides so that all classes are equally frequent")
     amp: bool = _switch(True, "bfloat16 matrix products on a GPU")
     cache_gb: float = _number(4.0, 0, 1e6, "of features kept in memory between epochs")
     device_cache_gb: float = _number(0.0, 0, 1e6, "of features kept on the GPU instead, the first slides that fit")
-    seed: int = _number(0, 0, 2**63 - 1, "of weights, order and dropout")
+    seed: int = _number(0, 0, 2**32 - 1, "of weights, order and dropout")
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,8 @@ class Config:
         """Sections and keys of TOML over `base` (the defaults). Raises InputError, naming `source` and the key."""
         try:
             table = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise InputError(f"{source}: expected TOML, got {error}; mend the file") from error
+        except (ValueError, RecursionError) as error:  # of a number of thousands of digits too
+            raise InputError(f"{source}: expected TOML, got {one_line(error)}; mend the file") from error
         return (base or cls())._replaced(table, source)
 
     def with_settings(self, settings: Sequence[str]) -> Config:
@@ -215,16 +219,18 @@ class Config:
             names = [f.name for f in fields(self)]
             if section not in names:
                 raise InputError(
-                    f"{source}: unknown section {section!r}; expected {', '.join(names)}{_near(section, names)}"
+                    f"{source}: unknown section {short(section)}; expected {', '.join(names)}{_near(section, names)}"
                 )
             if not isinstance(values, Mapping):
-                raise InputError(f"{source}: {section}: expected a section [{section}], got {values!r}")
+                raise InputError(f"{source}: {section}: expected a section [{section}], got {short(values)}")
             for name in values:
                 key = f"{section}.{name}"
                 if key not in known:
                     same_name = [k for k in known if k.endswith(f".{name}")]
                     hint = f"; did you mean {same_name[0]!r}?" if same_name else _near(key, known)
-                    raise InputError(f"{source}: unknown option {key!r}{hint or '; see config.toml of a run for all'}")
+                    raise InputError(
+                        f"{source}: unknown option {short(key)}{hint or '; see config.toml of a run for all'}"
+                    )
             old = getattr(self, section)
             changes[section] = replace(old, **{n: _widened(v, old, n) for n, v in values.items()})
         try:
@@ -264,21 +270,21 @@ def _check(key: str, value: Any, meta: Mapping[str, Any], kind: str) -> None:
     if "choices" in meta:
         if value not in meta["choices"]:
             near = _near(str(value), meta["choices"])
-            raise InputError(f"{key}: expected {' or '.join(meta['choices'])}, got {value!r}{near}")
+            raise InputError(f"{key}: expected {' or '.join(meta['choices'])}, got {short(value)}{near}")
     elif "low" in meta:
-        whole = kind == "int"
+        whole = kind.startswith("int")
         right_kind = type(value) is int or (not whole and type(value) is float)
         if not right_kind or not meta["low"] <= value <= meta["high"]:
             what = "a whole number" if whole else "a number"
-            raise InputError(f"{key}: expected {what} from {meta['low']:g} to {meta['high']:g}, got {value!r}")
+            raise InputError(f"{key}: expected {what} from {meta['low']:g} to {meta['high']:g}, got {short(value)}")
     elif type(value) is not bool:
-        raise InputError(f"{key}: expected true or false, got {value!r}")
+        raise InputError(f"{key}: expected true or false, got {short(value)}")
 
 
 def _widened(value: Any, section: Any, name: str) -> Any:
     """An integer where a float belongs is that float, so that equal configurations are equal."""
     kind = next(str(f.type) for f in fields(section) if f.name == name)
-    return float(value) if type(value) is int and kind.startswith("float") else value
+    return float(value) if type(value) is int and kind.startswith("float") and abs(value) < 2**53 else value
 
 
 def _parsed(text: str) -> Any:
@@ -287,7 +293,7 @@ def _parsed(text: str) -> Any:
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # of a number of thousands of digits too
         lowered = text.lower()
         return lowered == "true" if lowered in ("true", "false") else text
 
@@ -299,9 +305,9 @@ def _near(word: str, words: Sequence[str]) -> str:
 
 def read_config(path: Path | str, *, base: Config | None = None) -> Config:
     """Reads a TOML file over `base`. Raises InputError where it is missing or wrong."""
-    path = Path(path)
+    what, remedy = "a TOML configuration", "check the path"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a TOML configuration, got {error}; check the path") from error
+        text = read_bytes(path, what, remedy).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected {what}, got {one_line(error)}; write it as UTF-8") from error
     return Config.from_toml(text, source=str(path), base=base)

@@ -19,6 +19,7 @@ from momkd.metrics import evaluate_predictions
 from momkd.plots import plot_roc, plot_training
 from momkd.predictions import prediction_table, read_predictions
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
+from momkd.state import read_log
 
 
 def evaluate_run(run: Run, *, bootstrap: int = 1000) -> dict[str, Any]:
@@ -41,9 +42,7 @@ def evaluate_run(run: Run, *, bootstrap: int = 1000) -> dict[str, Any]:
     name = run.folder.resolve().name
     if any(fold["auc"] is not None for fold in metrics.get("folds", [])):
         plot_roc({name: table}, run.info.classes, run.folder / "roc.png", bootstrap=bootstrap)
-    logs = [
-        pd.read_csv(log).assign(fold=fold) for fold in run.info.folds if (log := run.fold(fold) / "log.csv").is_file()
-    ]
+    logs = [read_log(log).assign(fold=fold) for fold in run.info.folds if (log := run.fold(fold) / "log.csv").is_file()]
     if logs:
         plot_training(pd.concat(logs, ignore_index=True), run.folder / "training.png", title=f"Training, {name}")
     return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,13 +14,14 @@ import torch
 from momkd.bags import Bags
 from momkd.bootstrap import Floats
 from momkd.data.atomic import make_folder, write_csv
-from momkd.data.raw import check_id, one_line
+from momkd.data.own import read_json
+from momkd.data.raw import check_id
 from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.errors import InputError
 from momkd.inference import autocast, open_slides, pick_device
 from momkd.models import Prediction
-from momkd.runs import Run
+from momkd.runs import METRICS, Run, RunMetrics
 
 
 def predict_run(
@@ -87,16 +87,12 @@ def predict_run(
 
 def threshold_of(run: Run, folds: Sequence[int]) -> float:
     """The probability from which on folds of a run say the second of two classes: the mean of those that they chose."""
-    path = run.folder / "metrics.json"
+    path = run.folder / METRICS
     chosen = []
     if run.num_classes == 2 and path.is_file():
-        try:
-            known = {fold["fold"]: fold["threshold"] for fold in json.loads(path.read_text()).get("folds", [])}
-            chosen = [float(known[fold]) for fold in folds if known.get(fold) is not None]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{path}: expected the metrics of a run, got others ({one_line(error)}); make them with momkd evaluate"
-            ) from error
+        metrics = read_json(path, RunMetrics, what="the metrics of a run", remedy="make them with momkd evaluate")
+        known = {fold.fold: fold.threshold for fold in metrics.folds}
+        chosen = [threshold for fold in folds if (threshold := known.get(fold)) is not None]
     return float(np.mean(chosen)) if chosen else 0.5
 
 

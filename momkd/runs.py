@@ -18,23 +18,27 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from momkd.compat.state_dicts import check_state_dict
 from momkd.config import Config, read_config
 from momkd.data.atomic import atomic_write, make_folder, write_json, write_text
-from momkd.data.raw import load_torch, one_line
+from momkd.data.own import Finite, Fold, Size, read_json, short
+from momkd.data.raw import one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
 from momkd.nn import MemoryBank
 
+METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
 EXTERNAL = "predictions_external.csv"
 _TOWER = "genomics."
@@ -47,14 +51,20 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         raise InputError(
             f"model.hidden_features: expected a multiple of model.heads = {model.heads}, got {model.hidden_features}"
         )
-    width: dict[str, Any] = {"hidden_features": omics.hidden_features, "dropout": omics.dropout}
     if model.kind == "omics":
-        return OmicsClassifier(in_features, num_classes, features=omics.features, **width)
+        return OmicsClassifier(
+            in_features,
+            num_classes,
+            features=omics.features,
+            hidden_features=omics.hidden_features,
+            decoder_features=omics.decoder_features,
+            dropout=omics.dropout,
+        )
     slide: dict[str, Any] = {
         name: getattr(model, name)
         for name in (
             *("encoder", "hidden_features", "gate_features", "branch", "dropout"),
-            *("heads", "attention_dropout", "encoder_dropout"),
+            *("classifier_features", "heads", "attention_dropout", "encoder_dropout"),
         )
     }
     if model.kind == "abmil":
@@ -64,6 +74,7 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
         "projection_features": model.projection_features,
         "omics_embedding": omics.features,
         "omics_hidden": omics.hidden_features,
+        "omics_decoder_hidden": omics.decoder_features,
         "omics_dropout": omics.dropout,
     }
     if model.kind == "distill":
@@ -94,31 +105,32 @@ def build_model(config: Config, in_features: int, num_classes: int, omics_featur
 class RunInfo:
     """What run.json says."""
 
-    classes: list[str]
+    classes: Annotated[list[str], msgspec.Meta(min_length=2)]
     label: str
-    in_features: int  # L of the patch features; of the genomics alone, G is in genes.json
-    folds: list[int]
-    num_splits: int
+    in_features: Size  # L of the patch features; of the genomics alone, G is in genes.json
+    folds: list[Fold]
+    num_splits: Fold
     data: dict[str, str | None]  # where features, labels, omics and splits came from
     versions: dict[str, str]
     skipped: dict[str, str]
+    digests: dict[str, str] = field(default_factory=dict)  # of what they held, see `momkd.data.digests`
 
-    def check(self) -> None:
-        """Raises ValueError where a value is not what momkd writes."""
-        for name, good in (
-            ("classes", _is_list(self.classes, str) and 2 <= len(self.classes) == len(set(self.classes))),
-            ("label", isinstance(self.label, str)),
-            ("in_features", type(self.in_features) is int and 0 <= self.in_features < 2**31),
-            ("folds", _is_list(self.folds, int) and all(0 <= fold < 10**6 for fold in self.folds)),
-            ("num_splits", type(self.num_splits) is int),
-            *((name, isinstance(getattr(self, name), dict)) for name in ("data", "versions", "skipped")),
-        ):
-            if not good:
-                raise ValueError(f"{name}: {str(getattr(self, name))[:60]}")
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes: expected different names, got {short(self.classes)} with one twice")
 
 
-def _is_list(values: object, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+class FoldMetrics(msgspec.Struct):
+    """Of a fold in metrics.json: the threshold of two classes that its validation slides chose."""
+
+    fold: Fold
+    threshold: Finite | None = None
+
+
+class RunMetrics(msgspec.Struct):
+    """What inference reads of metrics.json."""
+
+    folds: list[FoldMetrics] = []
 
 
 class Run:
@@ -135,14 +147,7 @@ class Run:
             came = "a folder without config.toml and run.json" if self.folder.is_dir() else "nothing there"
             raise InputError(f"{self.folder}: expected the folder of a run, got {came}; train first, or check the path")
         self.config = read_config(config)
-        try:
-            values = json.loads(info.read_text(encoding="utf-8"))
-            self.info = RunInfo(**{f.name: values[f.name] for f in fields(RunInfo)})
-            self.info.check()
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{info}: expected the description of a run, got {one_line(error)}; train again"
-            ) from error
+        self.info = read_json(info, RunInfo, what="the description of a run", remedy="train again")
 
     @classmethod
     def create(cls, folder: Path | str, config: Config, info: RunInfo) -> Run:
@@ -171,20 +176,24 @@ class Run:
         """Whether a fold has been trained to its end."""
         return (self.fold(number) / PREDICTIONS).is_file()
 
-    def load_model(self, number: int, device: torch.device | str = "cpu") -> MILModel:
-        """The best epoch of a fold for inference: evaluation mode, no genomics tower.
+    def load_model(self, number: int, device: torch.device | str = "cpu", *, tower: bool = False) -> MILModel:
+        """The best epoch of a fold for inference: in evaluation mode, and with its genomics tower only where asked.
 
         Raises:
             InputError: the fold is not there, or its checkpoint is broken or of another configuration.
         """
         if self.config.model.kind == "omics":
             raise InputError(f"{self.folder}: expected a model of slides, got genomics alone; it can't predict slides")
-        path = self.fold(number) / "model.safetensors"
+        path, genes = self.fold(number) / "model.safetensors", None
         state, _ = _read_weights(path)
+        if tower and (part := self.fold(number) / "genomics.safetensors").is_file():
+            state |= _read_weights(part)[0]
+            first = state.get(f"{_TOWER}encoder.encoder.0.weight")
+            genes = None if first is None or first.ndim != 2 else first.shape[1]
         with torch.device("meta"):  # sizes that the file does not hold are refused before they take memory
-            check_tensors(build_model(self.config, self.info.in_features, self.num_classes), state, str(path))
-        model = build_model(self.config, self.info.in_features, self.num_classes)
-        restore(model, state, str(path))
+            check_tensors(build_model(self.config, self.info.in_features, self.num_classes, genes), state, str(path))
+        model = build_model(self.config, self.info.in_features, self.num_classes, genes)
+        model.load_state_dict(state)
         return model.to(device).eval()
 
 
@@ -234,11 +243,12 @@ def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Raises InputError for the first tensor that is missing, unknown or of another shape.
+    """Raises InputError for the first tensor that is missing, unknown, of another shape, not dense or not finite.
 
     An adaptive memory may have any K.
     """
     other = "it belongs to another configuration: use the config.toml beside it"
+    check_state_dict(state, source)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, MemoryBank):
@@ -252,23 +262,9 @@ def check_tensors(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
         raise InputError(f"{source}: expected no tensor {extra[0]!r}, got {tuple(state[extra[0]].shape)}; {other}")
 
 
-def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Tensors and plain values that training goes on from; whole or not at all."""
+def write_torch(path: Path | str, value: Any) -> None:
+    """Writes tensors and plain values as `torch.save` does; whole or not at all."""
     buffer = io.BytesIO()  # torch does not say why it could not write a file
-    torch.save(dict(state), buffer)
+    torch.save(value, buffer)
     with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-
-
-def load_state(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What `save_state` wrote, with these keys; nothing in the file is ever executed."""
-    try:
-        state = load_torch(path)
-        if not isinstance(state, dict) or not set(keys) <= set(state):
-            raise ValueError("not what training saves")
-    except Exception as error:  # the unpickler of a damaged file raises nearly anything
-        raise InputError(
-            f"{path}: expected the state of a run, got a file that does not read ({one_line(error)}); "
-            "remove it to train this fold from the start"
-        ) from error
-    return state

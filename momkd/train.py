@@ -37,7 +37,8 @@ from momkd.errors import InputError
 from momkd.inference import autocast, own_batches, probabilities
 from momkd.models import MemoryRows, MILModel, TrainingStep
 from momkd.models.reservoir import Reservoir
-from momkd.runs import load_state, restore, save_model, save_state
+from momkd.runs import save_model, write_torch
+from momkd.state import load_state
 
 _TIE = 1e-10  # of the loss, under any step of an AUC: small validation parts tie often, and the lower loss is better
 _RESUMED = ("epoch", "best", "waited", "log", "kept")
@@ -341,15 +342,15 @@ class Trainer:
         if self.waited == 0:
             save_model(self.folder, self.model, {"epoch": self.epoch - 1, "val_auc": self.best and self.best[0]})
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
-        save_state(self.folder / "state.pt", parts | {name: getattr(self, name) for name in _RESUMED})
+        write_torch(self.folder / "state.pt", parts | {name: getattr(self, name) for name in _RESUMED})
 
     def _resume(self, path: Path) -> None:
-        state = load_state(path, (*_RESUMED, "model", "optimizer", "schedule"))
-        restore(self.model, state["model"], str(path))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        state = load_state(path, self.model, self.optimizer, self.schedule)
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict({"state": state.optimizer.state, "param_groups": state.optimizer.param_groups})
+        self.schedule.load_state_dict(state.schedule)
         for name in _RESUMED:
-            setattr(self, name, state[name])
+            setattr(self, name, getattr(state, name))
 
 
 def _mixed(*numbers: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from momkd import cli
+from momkd import cli, convert
 from momkd.compat import momkd_reference
 from momkd.convert import checkpoint_to_run, run_to_checkpoint
 from momkd.data.graphs import SlideGraphs
@@ -18,6 +21,7 @@ from momkd.data.slides import find_slides, read_slide
 from momkd.data.sources import SlideFiles
 from momkd.errors import InputError
 from momkd.models import MoMKD
+from momkd.predict import threshold_of
 from momkd.simulate import SimulatedCohort
 
 SMALL = ("model.hidden_features=16", "model.shared_projector=false", "train.epochs=2", "omics.genes=20")
@@ -74,6 +78,74 @@ def test_a_run_to_a_checkpoint_and_back_predicts_the_same(
     assert float(prob) == pytest.approx(one.set_index("slide_id").loc[slide, "prob_1"], abs=1e-5)
 
 
+def test_what_prediction_needs_beside_the_weights_comes_back(
+    run: Path, tiny_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
+    """The names of classes and label, the number of neighbours and the threshold."""
+    shutil.copytree(run, tmp_path / "run")
+    for name, old, new in (
+        ("run.json", '"0",\n    "1"', '"wild",\n    "mutated"'),
+        ("run.json", '"label": "label"', '"label": "TP53"'),
+        ("config.toml", "neighbours = 8", "neighbours = 3"),
+    ):
+        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        assert old in text
+        (tmp_path / "run" / name).write_text(text.replace(old, new), encoding="utf-8")
+    (tmp_path / "run" / "metrics.json").write_text('{"folds": [{"fold": 0, "threshold": 0.625}]}')
+    state = run_to_checkpoint(tmp_path / "run", tmp_path / "released.pt")
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())  # the released code loads it unchanged
+    assert torch.load(tmp_path / "released.pt", weights_only=True).keys() == state.keys()
+    again = checkpoint_to_run(tmp_path / "released.pt", tmp_path / "again")
+    assert (again.info.classes, again.info.label) == (["wild", "mutated"], "TP53")
+    assert again.config.model.neighbours == 3
+    assert threshold_of(again, [0]) == 0.625
+    one, two = (predict(tmp_path / name, tiny_cohort, tmp_path / f"{name}.csv") for name in ("run", "again"))
+    pd.testing.assert_frame_equal(one, two, atol=1e-6)
+    named = checkpoint_to_run(tmp_path / "released.pt", tmp_path / "named", classes=["no", "yes"])
+    assert named.info.classes == ["no", "yes"]
+    bare = dict(state)  # as the released code saves it
+    torch.save(bare, tmp_path / "bare.pt")
+    plain = checkpoint_to_run(tmp_path / "bare.pt", tmp_path / "plain")
+    assert (plain.info.classes, plain.config.model.neighbours, threshold_of(plain, [0])) == (["0", "1"], 8, 0.5)
+
+
+def test_a_run_is_made_whole_or_not_at_all(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_to_checkpoint(run, tmp_path / "released.pt")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = "No space left on device; free some space"
+    with monkeypatch.context() as disk:
+        disk.setattr(convert, "save_model", full)
+        with pytest.raises(InputError, match=message):
+            checkpoint_to_run(tmp_path / "released.pt", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["released.pt"]
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", full)
+        with pytest.raises(InputError, match=message):
+            run_to_checkpoint(run, tmp_path / "released.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["released.pt"]
+    checkpoint_to_run(tmp_path / "released.pt", tmp_path / "out")
+
+
+def test_metadata_that_momkd_did_not_write(run: Path, tmp_path: Path) -> None:
+    state = OrderedDict(run_to_checkpoint(run, tmp_path / "released.pt"))
+    for carried, message in (
+        ({"classes": ["a"], "label": "x", "neighbours": 8}, "classes: expected a list of length >= 2, got"),
+        ({"classes": ["a", "b"], "label": "x", "neighbours": 10**30}, "neighbours: expected int <= 64, got 1000"),
+        (3, "expected names with values, got 3"),
+    ):
+        state._metadata = {"momkd": carried}  # type: ignore[attr-defined]
+        torch.save(state, tmp_path / "hostile.pt")
+        with pytest.raises(InputError, match=message):
+            checkpoint_to_run(tmp_path / "hostile.pt", tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(InputError, match="expected a checkpoint, got a named pipe"):
+        checkpoint_to_run(tmp_path / "pipe.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adaptive_memory_is_converted_with_the_slots_of_its_file(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
@@ -98,11 +170,11 @@ def test_what_cannot_be_converted_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"other\.pt: checkpoint: expected a tensor 'wsi_encoder"):
         checkpoint_to_run(tmp_path / "other.pt", tmp_path / "out")
     torch.save({"model": [1]}, tmp_path / "list.pt")
-    with pytest.raises(InputError, match="expected a state dict"):
+    with pytest.raises(InputError, match="model: expected a tensor, got a list; save"):
         checkpoint_to_run(tmp_path / "list.pt", tmp_path / "out")
-    with pytest.raises(InputError, match="expected the names of two classes, got 3"):
+    with pytest.raises(InputError, match="expected the names of two classes, got \\['a', 'b', 'c'\\]"):
         checkpoint_to_run(tmp_path / "other.pt", tmp_path / "out", classes=["a", "b", "c"])
-    with pytest.raises(InputError, match="expected a new folder"):
+    with pytest.raises(InputError, match="expected a new or an empty folder, got a run"):
         checkpoint_to_run(tmp_path / "other.pt", run)
     with pytest.raises(InputError, match="fold: expected one of 0, got 3"):
         run_to_checkpoint(run, tmp_path / "x.pt", fold=3)

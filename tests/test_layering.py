@@ -26,7 +26,7 @@ BACKENDS = {"reference", "kernels", "native", "cuda", "gpu", "_C", "_cuda"}
 ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "explain", "simulate", "demo", "report", "page", "study"),
-    *("convert", "experiment", "inference", "progress", "runs", "doctor", "distributed", "terminal", "device"),
+    *("convert", "experiment", "inference", "progress", "runs", "state", "doctor", "distributed", "terminal", "device"),
 }
 LIBRARY = GROUND | BACKENDS | {"env", "budget", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 

@@ -121,7 +121,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint of the released MoMKD, or the folder of a run.")],
     out: Annotated[Path, typer.Option("--out", help="The run to make, or the checkpoint to write (.pt).")],
     fold: Annotated[int, typer.Option("--fold", min=0, help="Of the run, which model.")] = 0,
-    classes: Annotated[str, typer.Option("--classes", help="Names of the two classes of the checkpoint.")] = "0,1",
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Names of the two classes; else as in the checkpoint, or 0,1.")
+    ] = None,
 ) -> None:
     """Turn the released MoMKD's checkpoint into a run that `momkd predict` takes, or a run into such a checkpoint."""
     from momkd.convert import checkpoint_to_run, run_to_checkpoint
@@ -129,7 +131,7 @@ def convert(
     if source.is_dir():
         run_to_checkpoint(source, out, fold=fold)
     else:
-        checkpoint_to_run(source, out, classes=classes.split(","))
+        checkpoint_to_run(source, out, classes=None if classes is None else classes.split(","))
     say(f"{source} converted: {out}")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from momkd.compat.state_dicts import check_state_dict
 from momkd.errors import InputError
 
 
@@ -23,6 +24,11 @@ class DropIn(nn.Module):
 
     RENAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
     STRAYS: ClassVar[tuple[str, ...]] = ()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module, once what is given is a state dict; see `check_state_dict`."""
+        check_state_dict(state_dict, finite=False)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

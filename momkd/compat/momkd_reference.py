@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from momkd.bags import Bags
+from momkd.compat.state_dicts import check_state_dict
 from momkd.errors import InputError
 from momkd.graph import Edges, from_edge_index, knn
 from momkd.models import MoMKD
@@ -30,6 +31,7 @@ _NAMES = {
     "wsi_classifier_proto.": "classifier.layers.",
 }
 _BANKS = ("mem_neg", "mem_pos")  # the banks of classes 0 and 1
+_EMBEDDED = tuple(f"{bank}._codebook.embed" for bank in _BANKS)
 _BUFFERS = ("initted", "cluster_size", "embed_avg")  # of a codebook: without effect, its vectors move by gradient
 
 
@@ -37,13 +39,14 @@ def load(state_dict: Mapping[str, Tensor]) -> MoMKD:
     """A momkd model of a released checkpoint.
 
     Args:
-        state_dict: of the released model, with or without the genomics (`rna_*`) and a leading `module.`.
+        state_dict: of the released model, with or without the genomics (`rna_*`) and a leading `module.`. Every width
+            is taken from it.
 
     Returns:
         A `MoMKD` in evaluation mode; without genomics in the checkpoint it has no genomics tower.
 
     Raises:
-        InputError: a tensor that is missing, unknown or of another shape.
+        InputError: a tensor that is missing, unknown, of another shape, not dense or not finite.
 
     Source: MoMKD (arXiv 2602.21395), released code.
 
@@ -53,40 +56,43 @@ def load(state_dict: Mapping[str, Tensor]) -> MoMKD:
         >>> sorted(infer(model, torch.randn(50, 32), coords=torch.rand(50, 2)))
         ['attention', 'logits']
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    genes = state.get("rna_tower.encoder.0.weight")
-    width, hidden = _shape(state, "wsi_encoder.gat1.lin_l.weight", 2)[::-1]
+    given = check_state_dict(state_dict, finite=False)
+    state = {name.removeprefix("module."): tensor for name, tensor in given.items()}
+    state = {name: tensor for name, tensor in state.items() if name in _EMBEDDED or not _is_of_codebook(name)}
+    check_state_dict(state)
+    hidden, width = _shape(state, "wsi_encoder.gat1.lin_l.weight", 2)
     _, heads, _ = _shape(state, "wsi_encoder.gat1.att", 3)
     _, slots, features = _shape(state, "mem_pos._codebook.embed", 3)
-    tower: dict[str, Any] = {}
-    if genes is not None:
-        embedding = _shape(state, "rna_tower.encoder.4.weight", 2)[0]
-        tower = {"omics_features": genes.shape[1], "omics_hidden": genes.shape[0], "omics_embedding": embedding}
-    model = MoMKD(
-        width,
-        encoder="gatv2",
-        hidden_features=hidden,
-        heads=heads,
-        projection_features=features,
-        slots=slots,
-        update="gradient",
-        shared_projector=False,
-        **tower,
-    )
-    found: dict[str, Tensor] = {"memory.usage": model.memory.usage}
+    widths = {
+        "hidden_features": hidden,
+        "heads": heads,
+        "projection_features": features,
+        "slots": slots,
+        "classifier_features": _shape(state, "wsi_classifier_proto.1.weight", 2)[0],
+    }
+    if "rna_tower.encoder.0.weight" in state:
+        widths["omics_hidden"], widths["omics_features"] = _shape(state, "rna_tower.encoder.0.weight", 2)
+        widths["omics_embedding"], _ = _shape(state, "rna_tower.encoder.4.weight", 2)
+        widths["omics_decoder_hidden"], _ = _shape(state, "rna_decoder.decoder.0.weight", 2)
+    options: dict[str, Any] = {"encoder": "gatv2", "update": "gradient", "shared_projector": False, **widths}
+    if hidden % heads:
+        raise InputError(
+            f"checkpoint: wsi_encoder.gat1: expected a width that {heads} heads divide, got {hidden}; give another one"
+        )
+    with torch.device("meta"):  # whether all fits, before anything takes memory
+        wanted = {name: tuple(tensor.shape) for name, tensor in MoMKD(width, **options).state_dict().items()}
+    found: dict[str, Tensor] = {"memory.usage": torch.zeros(wanted["memory.usage"])}
     for name, tensor in state.items():
         if here := _name_here(name):
             found[here] = tensor
-        elif name.rpartition(".")[0] not in {f"{bank}._codebook" for bank in _BANKS}:
+        elif name not in _EMBEDDED:
             raise InputError(f"checkpoint: expected the tensors of the released MoMKD, got {name!r} beside them")
-    banks = [state.get(f"{bank}._codebook.embed") for bank in _BANKS]
-    found["memory.memory"] = torch.cat([_present(bank, f"{_BANKS[c]}._codebook.embed") for c, bank in enumerate(banks)])
-    for name, wanted in model.state_dict().items():
-        there = _name_there(name)
-        tensor = _present(found.get(name), there)
-        if tensor.shape != wanted.shape:
-            raise InputError(f"checkpoint: {there}: expected {tuple(wanted.shape)}, got {tuple(tensor.shape)}")
-    model.load_state_dict({name: found[name].float() for name in model.state_dict()})
+    banks = [_expected(state.get(there), there, (1, slots, features)) for there in _EMBEDDED]
+    found["memory.memory"] = torch.cat(banks)
+    for name, shape in wanted.items():
+        _expected(found.get(name), _name_there(name), shape)
+    model = MoMKD(width, **options)
+    model.load_state_dict({name: found[name].float() for name in wanted})
     return model.eval()
 
 
@@ -163,6 +169,10 @@ def _name_here(name: str) -> str:
     return next((here + name[len(there) :] for there, here in _NAMES.items() if _starts(name, there)), "")
 
 
+def _is_of_codebook(name: str) -> bool:
+    return any(name.startswith(f"{bank}._codebook.") for bank in _BANKS)
+
+
 def _name_there(name: str) -> str:
     """The released name of a momkd tensor; the memory is both banks."""
     if name.startswith("memory."):
@@ -180,8 +190,14 @@ def _present(tensor: Tensor | None, name: str) -> Tensor:
     return tensor
 
 
+def _expected(tensor: Tensor | None, name: str, shape: tuple[int, ...]) -> Tensor:
+    if _present(tensor, name).shape != shape:
+        raise InputError(f"checkpoint: {name}: expected {shape}, got {tuple(_present(tensor, name).shape)}")
+    return _present(tensor, name)
+
+
 def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
     shape = tuple(_present(state.get(name), name).shape)
-    if len(shape) != ndim:
-        raise InputError(f"checkpoint: {name}: expected {ndim} dimensions, got {shape}")
+    if len(shape) != ndim or 0 in shape:
+        raise InputError(f"checkpoint: {name}: expected {ndim} dimensions, none of them 0, got {shape}")
     return shape

@@ -30,6 +30,7 @@ class ABMIL(MILModel):
         gate_features: width of the gate.
         branch: "positive", one attention; "per_class", one a class.
         dropout: in the classifier.
+        classifier_features: width between its two layers.
         heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
 
     Source: Ilse, Tomczak and Welling, ICML 2018.
@@ -50,6 +51,7 @@ class ABMIL(MILModel):
         gate_features: int = 256,
         branch: str = "positive",
         dropout: float = 0.5,
+        classifier_features: int = 128,
         heads: int = 2,
         attention_dropout: float = 0.5,
         encoder_dropout: float = 0.25,
@@ -60,7 +62,7 @@ class ABMIL(MILModel):
         self.encoder, width = make_encoder(encoder, in_features, hidden_features, **graph)
         heads = num_classes if branch == "per_class" else 1
         self.pool = GatedAttentionPool(width, gate_features, heads)
-        self.classifier = SlideClassifier(width, num_classes, dropout)
+        self.classifier = SlideClassifier(width, num_classes, dropout, classifier_features)
         self.width = width
 
     def pooled(self, bags: Bags) -> Pooled:

@@ -33,7 +33,7 @@ class BatchDistillation(ABMIL):
         match: "mse" or "contrastive".
         projection_features: S, where both meet.
         temperature: of the contrastive loss.
-        omics_embedding, omics_hidden, omics_dropout: of the tower.
+        omics_embedding, omics_hidden, omics_decoder_hidden, omics_dropout: of the tower, see `OmicsTower`.
         slide: further options of `ABMIL`.
 
     Source: feature matching as in Romero et al., "FitNets", ICLR 2015; InfoNCE over pairs as in Radford et al., ICML
@@ -57,6 +57,7 @@ class BatchDistillation(ABMIL):
         temperature: float = 0.1,
         omics_embedding: int = 512,
         omics_hidden: int = 512,
+        omics_decoder_hidden: int | None = None,
         omics_dropout: float = 0.25,
         **slide: Any,
     ) -> None:
@@ -71,6 +72,7 @@ class BatchDistillation(ABMIL):
                 projection_features,
                 features=omics_embedding,
                 hidden_features=omics_hidden,
+                decoder_features=omics_decoder_hidden,
                 dropout=omics_dropout,
             )
             self.genomics = nn.ModuleDict(

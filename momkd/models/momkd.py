@@ -75,13 +75,14 @@ class MoMKD(MILModel):
         rho: share of the genomics in it; each slide brings mass 1 in all.
         temperature: of the attention at the start; it is learnt.
         dropout: in the classifier.
+        classifier_features: width between its two layers.
         margin, tau, beta: of the soft-angle losses.
         assignment_tau: sharpness of the soft assignment to slots that a slide learns from its genomics; None: none.
         paired: a slide is drawn to its own genomics too, which get no gradient from it.
         coupled: one soft-angle loss of the mean of both projections takes the place of the two, so that gradients cross
             from one modality to the other. For ablation.
         heads, attention_dropout, encoder_dropout: of encoder="gatv2", see `momkd.nn.GraphEncoder`.
-        omics_embedding, omics_hidden, omics_dropout: of the tower.
+        omics_embedding, omics_hidden, omics_decoder_hidden, omics_dropout: of the tower, see `OmicsTower`.
 
     Example:
         >>> model = momkd.models.MoMKD(32, omics_features=100)
@@ -114,6 +115,7 @@ class MoMKD(MILModel):
         rho: float = 0.5,
         temperature: float = 0.2,
         dropout: float = 0.5,
+        classifier_features: int = 128,
         margin: float = 0.3,
         tau: float = 5.0,
         beta: float = 20.0,
@@ -125,6 +127,7 @@ class MoMKD(MILModel):
         encoder_dropout: float = 0.25,
         omics_embedding: int = 512,
         omics_hidden: int = 512,
+        omics_decoder_hidden: int | None = None,
         omics_dropout: float = 0.25,
     ) -> None:
         super().__init__()
@@ -147,7 +150,7 @@ class MoMKD(MILModel):
             self.pool = GatedMemoryPool(width, gate_features, branches, temperature, branch=branch)
         else:
             self.pool = GatedAttentionPool(width, gate_features, branches)
-        self.classifier = SlideClassifier(width, num_classes, dropout)
+        self.classifier = SlideClassifier(width, num_classes, dropout, classifier_features)
         self.genomics: OmicsTower | None = None
         if omics_features is not None:
             self.genomics = OmicsTower(
@@ -155,6 +158,7 @@ class MoMKD(MILModel):
                 projection_features,
                 features=omics_embedding,
                 hidden_features=omics_hidden,
+                decoder_features=omics_decoder_hidden,
                 dropout=omics_dropout,
             )
 

@@ -18,6 +18,7 @@ class OmicsTower(nn.Module):
         projection_features: S.
         features: width of the embedding.
         hidden_features: width of encoder and decoder between.
+        decoder_features: width of the decoder between, where it is another.
         dropout: while training.
     """
 
@@ -28,11 +29,13 @@ class OmicsTower(nn.Module):
         *,
         features: int = 512,
         hidden_features: int = 512,
+        decoder_features: int | None = None,
         dropout: float = 0.25,
     ) -> None:
         super().__init__()
+        mirrored = hidden_features if decoder_features is None else decoder_features
         self.encoder = OmicsEncoder(omics_features, features, hidden_features=hidden_features, dropout=dropout)
-        self.decoder = OmicsDecoder(features, omics_features, hidden_features=hidden_features, dropout=dropout)
+        self.decoder = OmicsDecoder(features, omics_features, hidden_features=mirrored, dropout=dropout)
         self.projector = nn.Linear(features, projection_features)
 
     def forward(self, profile: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ class OmicsClassifier(MILModel):
     Args:
         omics_features: G, genes.
         num_classes: C.
-        features, hidden_features, dropout: as in `OmicsTower`.
+        features, hidden_features, decoder_features, dropout: as in `OmicsTower`.
 
     Example:
         >>> model = momkd.models.OmicsClassifier(768)
@@ -65,11 +68,13 @@ class OmicsClassifier(MILModel):
         *,
         features: int = 512,
         hidden_features: int = 512,
+        decoder_features: int | None = None,
         dropout: float = 0.25,
     ) -> None:
         super().__init__()
+        mirrored = hidden_features if decoder_features is None else decoder_features
         self.encoder = OmicsEncoder(omics_features, features, hidden_features=hidden_features, dropout=dropout)
-        self.decoder = OmicsDecoder(features, omics_features, hidden_features=hidden_features, dropout=dropout)
+        self.decoder = OmicsDecoder(features, omics_features, hidden_features=mirrored, dropout=dropout)
         self.classifier = nn.Sequential(nn.LayerNorm(features), nn.Dropout(dropout), nn.Linear(features, num_classes))
 
     def training_step(

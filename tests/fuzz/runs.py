@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from momkd.config import Config
 from momkd.convert import _read as read_checkpoint
-from momkd.runs import Run, RunInfo, build_model, load_state, save_model
+from momkd.runs import Run, RunInfo, build_model, save_model
 from tests.fuzz.kinds import Kind, Trap
 
 CONFIG = [
@@ -43,7 +43,6 @@ def run_files(folder: Path) -> None:
 def checkpoint_files(folder: Path) -> None:
     torch.save({"model": {"a": torch.zeros(3)}}, folder / "a.pt")
     save_file({"a": torch.zeros(3), "b": torch.ones(2, 2)}, folder / "b.safetensors")
-    torch.save({"epoch": 1, "best": (0.5, 1.0), "model": {"a": torch.zeros(3)}}, folder / "state.pt")
     torch.save({"model": Trap(folder.parent / "canary")}, folder / "hostile.pt")
 
 
@@ -61,10 +60,7 @@ def use_run(path: Path) -> None:
 
 
 def use_checkpoint(path: Path) -> None:
-    if path.name.startswith("state"):
-        load_state(path, ("epoch", "best", "model"))
-    else:
-        assert all(isinstance(tensor, torch.Tensor) for tensor in read_checkpoint(path).values())
+    assert all(isinstance(tensor, torch.Tensor) for tensor in read_checkpoint(path).values())
 
 
 KINDS = {
