@@ -45,6 +45,7 @@ class BagLoader:
         device_cache: features kept on a device, instead of in memory, while they fit.
         graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
+        read_blocks: reads a slide so many patches at a time; None where slides are read whole alone.
     """
 
     slide_ids: Sequence[str]
@@ -61,6 +62,7 @@ class BagLoader:
     graph: Callable[[str, np.ndarray[tuple[int], np.dtype[np.int64]] | None], Edges] | None = None
     skipped: dict[str, str] | None = None
     device_cache: DeviceCache | None = None
+    read_blocks: Callable[[str, int], Iterator[Tensor]] | None = None
     _cache: dict[str, tuple[Tensor | None, Edges | None]] = field(default_factory=dict, init=False, repr=False)
     _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
     _nothing: tuple[Tensor, Edges | None] | None = field(default=None, init=False, repr=False)  # of a slide: no row
@@ -131,6 +133,35 @@ class BagLoader:
                     if moved is not None:
                         transfer.receive(moved[0].tensors(), moved[1])
                         yield moved[0]
+
+    def comes_in_blocks(self, batch: Sequence[int]) -> bool:
+        """Whether a batch of a plan is one slide larger than `patch_budget` that `blocks` reads piece by piece."""
+        return self.read_blocks is not None and self.graph is None and sum(self.patches(batch)) > self.patch_budget
+
+    def blocks(self, row: int) -> Iterator[Tensor]:
+        """Features of a slide, `patch_budget` patches at a time, (n, L); kept where the cache has room.
+
+        Raises:
+            InputError: as `read`.
+        """
+        slide = self.slide_ids[row]
+        if self.read_blocks is None:
+            raise ValueError("blocks: expected a loader with read_blocks, got one that reads slides whole")
+        kept, _ = self._cache.get(slide, (None, None))
+        if kept is not None:
+            yield from kept.split(self.patch_budget)
+            return
+        done = 0
+        for block in self.read_blocks(slide, self.patch_budget):
+            if done == 0 and self._held + block[0].nbytes * self.sizes[slide] <= self.cache_bytes:
+                kept = block.new_empty(self.sizes[slide], block.shape[1])
+            if kept is not None:
+                kept[done : done + len(block)] = block
+            done += len(block)
+            yield block
+        if kept is not None:
+            self._cache[slide] = kept, None
+            self._held += kept.nbytes
 
     def patches(self, rows: Sequence[int], *, most: int = 0) -> list[int]:
         """Patches of each of these slides, `most` at most unless 0."""

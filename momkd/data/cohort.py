@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,12 +58,23 @@ class Cohort:
             InputError: as `read_slide` or `PackedStore.read`; or another number of patches than `sizes` says.
         """
         features = self.source.read(slide_id, self.width)
-        if len(features) != self.sizes[slide_id]:
-            raise InputError(
-                f"{self.source.name(slide_id)}: expected {self.sizes[slide_id]} patches as before, got "
-                f"{len(features)}: the file was changed; start again"
-            )
+        self._check_size(slide_id, len(features))
         return torch.from_numpy(features).to(self.dtype)
+
+    def blocks(self, slide_id: str, rows: int) -> Iterator[Tensor]:
+        """The same, `rows` patches at a time: (n, L) each."""
+        seen = 0
+        for block in self.source.blocks(slide_id, rows, self.width):
+            seen += len(block)
+            yield torch.from_numpy(block).to(self.dtype)
+        self._check_size(slide_id, seen)
+
+    def _check_size(self, slide_id: str, patches: int) -> None:
+        if patches != self.sizes[slide_id]:
+            raise InputError(
+                f"{self.source.name(slide_id)}: expected {self.sizes[slide_id]} patches as before, got {patches}: the "
+                "file was changed; start again"
+            )
 
 
 def open_cohort(

@@ -23,7 +23,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,6 +191,12 @@ class PackedStore:
         if self._verify(slide_id, "features", features) and not all_finite(features):
             raise InputError(f"{self.name(slide_id)}: features: expected finite values, got others; pack it again")
         return features
+
+    def blocks(self, slide_id: str, rows: int, width: int | None = None) -> Iterator[Array]:
+        """The same, `rows` patches at a time."""
+        features = self.read(slide_id, width)
+        for first in range(0, len(features), rows):
+            yield features[first : first + rows]
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
         attrs = self._attrs_of(slide_id)

@@ -52,7 +52,12 @@ class Raw(ABC):
         return self.coords_shape is not None
 
     @abstractmethod
-    def read_features(self) -> Array: ...
+    def read_features(self, first: int = 0, last: int | None = None) -> Array:
+        """The features, or rows `first` to `last` of them; of (1, N, L) the rows are the second dimension."""
+
+    def _rows(self, first: int, last: int | None) -> tuple[slice, ...]:
+        rows = slice(first, last)
+        return (slice(None), rows) if len(self.shape) == 3 else (rows,) if self.shape else ()
 
     @abstractmethod
     def read_coords(self) -> Array: ...
@@ -80,8 +85,8 @@ class _RawHdf5(Raw):
             if holder is not None:
                 self.attrs.update(plain_attributes(holder, TEXTS))
 
-    def read_features(self) -> Array:
-        return np.asarray(self._features[...])
+    def read_features(self, first: int = 0, last: int | None = None) -> Array:
+        return np.asarray(self._features[self._rows(first, last)])
 
     def read_coords(self) -> Array:
         assert self._coords is not None
@@ -215,10 +220,11 @@ class _RawTensor(Raw):
             )
         return value
 
-    def read_features(self) -> Array:
+    def read_features(self, first: int = 0, last: int | None = None) -> Array:
         keep = self._features.dtype in (torch.float16, torch.float32, torch.float64)
         # A copy, since a mapped file would be read again, or be gone, whenever the values are used.
-        return self._features.to(self._features.dtype if keep else torch.float32, copy=True).numpy()
+        rows = self._features[self._rows(first, last)]
+        return rows.to(rows.dtype if keep else torch.float32, copy=True).numpy()
 
     def read_coords(self) -> Array:
         assert self._coords is not None
@@ -233,8 +239,8 @@ class _RawArray(Raw):
         self.shape, self.dtype, self.kind = value.shape, str(value.dtype), value.dtype.kind
         self.attrs = {}
 
-    def read_features(self) -> Array:
-        return np.array(self._features)
+    def read_features(self, first: int = 0, last: int | None = None) -> Array:
+        return np.array(self._features[self._rows(first, last)])
 
     def read_coords(self) -> Array:
         raise NotImplementedError(".npy files hold no coordinates")

@@ -141,6 +141,21 @@ def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool 
         return Slide(path.stem, path, features, coords, attrs, tuple(filter(None, (raw.note, note))))
 
 
+def read_blocks(path: Path | str, rows: int, *, width: int | None = None) -> Iterator[Array]:
+    """Reads the features of a slide `rows` at a time, (n, L) each; checked as by `read_slide`, which holds them all.
+
+    Raises:
+        InputError: as `read_slide`, apart from coordinates; of values when their block is reached.
+    """
+    path = Path(path)
+    with open_raw(path) as raw:
+        n, length = _checked_shape(path, raw, width)
+        for first in range(0, n, rows):
+            block = _as_float(raw.read_features(first, min(first + rows, n)).reshape(-1, length))
+            _check_finite(path, block, first)
+            yield block
+
+
 def slide_shape(path: Path | str) -> tuple[int, int]:
     """(N, L) of a feature file, from its header: type and shape are checked, values are not read.
 
@@ -287,7 +302,8 @@ def _as_float(features: Array) -> Array:
         return np.ascontiguousarray(features, dtype=wanted)
 
 
-def _check_finite(path: Path, features: Array) -> None:
+def _check_finite(path: Path, features: Array, above: int = 0) -> None:
+    """Raises for values that are not finite; `above` rows of the slide came before."""
     if features.size == 0:
         return
     step = max(1, _BLOCK // features.shape[1])
@@ -298,7 +314,7 @@ def _check_finite(path: Path, features: Array) -> None:
             continue
         bad = ~np.isfinite(block)
         count += int(bad.sum())
-        first = start + int(bad.any(1).argmax()) if first < 0 else first
+        first = above + start + int(bad.any(1).argmax()) if first < 0 else first
     if count:
         raise InputError(
             f"{path}: features: expected finite values, got {count} NaN or infinite, the first in row {first}; "

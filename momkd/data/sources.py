@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from momkd.data.packed import PackedStore
 from momkd.data.raw import Array
-from momkd.data.slides import find_slides, read_coords, read_slide, slide_attributes, slide_header
+from momkd.data.slides import find_slides, read_blocks, read_coords, read_slide, slide_attributes, slide_header
 from momkd.errors import InputError
 from momkd.graph import Edges
-
-T = TypeVar("T")
 
 
 class SlideSource(Protocol):
@@ -36,6 +35,9 @@ class SlideSource(Protocol):
 
     def read(self, slide_id: str, width: int | None = None) -> Array:
         """Features (N, L), float16 or float32."""
+
+    def blocks(self, slide_id: str, rows: int, width: int | None = None) -> Iterator[Array]:
+        """The same, `rows` patches at a time."""
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
         """Coordinates (N, 2) or None, and the attributes of the slide."""
@@ -71,10 +73,16 @@ class SlideFiles:
         return self._seen[slide_id][1]
 
     def read(self, slide_id: str, width: int | None = None) -> Array:
-        return self._unchanged(slide_id, lambda path: read_slide(path, width=width, with_coords=False).features)
+        with self._unchanged(slide_id) as path:
+            return read_slide(path, width=width, with_coords=False).features
+
+    def blocks(self, slide_id: str, rows: int, width: int | None = None) -> Iterator[Array]:
+        with self._unchanged(slide_id) as path:
+            yield from read_blocks(path, rows, width=width)
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
-        return self._unchanged(slide_id, read_coords)
+        with self._unchanged(slide_id) as path:
+            return read_coords(path)
 
     def attributes(self, slide_id: str) -> dict[str, Any]:
         return slide_attributes(self.paths[slide_id])
@@ -82,8 +90,9 @@ class SlideFiles:
     def graph(self, slide_id: str, neighbours: int) -> Edges | None:
         return None
 
-    def _unchanged(self, slide_id: str, read: Callable[[Path], T]) -> T:
-        """What `read` finds in the file whose header was read, be it an error."""
+    @contextlib.contextmanager
+    def _unchanged(self, slide_id: str) -> Iterator[Path]:
+        """The file whose header was read; what a change of it leads to inside, be it an error, is not told."""
         path = self.paths[slide_id]
 
         def check() -> None:
@@ -95,8 +104,8 @@ class SlideFiles:
 
         check()
         try:
-            return read(path)
-        finally:  # what a change leads to, be it an error, is not told
+            yield path
+        finally:
             check()
 
 
