@@ -149,7 +149,7 @@ class BagLoader:
             raise ValueError("blocks: expected a loader with read_blocks, got one that reads slides whole")
         kept, _ = self._cache.get(slide, (None, None))
         if kept is not None:
-            yield from kept.split(self.patch_budget)
+            yield from torch.split(kept, self.patch_budget)
             return
         done = 0
         for block in self.read_blocks(slide, self.patch_budget):
