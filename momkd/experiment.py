@@ -20,6 +20,7 @@ from torch import Tensor
 
 from momkd import distributed, env
 from momkd.config import Config
+from momkd.data import digests
 from momkd.data.atomic import is_leftover, make_folder, remove_leftovers, write_csv, write_json
 from momkd.data.batches import BagLoader
 from momkd.data.cohort import Cohort, open_cohort
@@ -144,7 +145,8 @@ def train_run(
         label: column of the labels.
         omics: table of cases × genes.
         folds: numbers of the splits to train; None takes all.
-        resume: go on where a run in `out` was interrupted; finished folds are kept.
+        resume: go on where a run in `out` was interrupted, or train more of its folds; those that are finished are
+            kept. The content of features, labels, splits and omics must be that of the beginning.
         skip_bad: leave out slides that cannot be used, and list them, instead of ending.
         leaks: allow a case in two parts of a split.
         device: such as "cuda:1"; None takes a GPU where there is one.
@@ -176,7 +178,8 @@ def train_run(
             chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
             if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
                 raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
-        info = _describe(inputs, chosen, {"features": features, "labels": labels, "omics": omics, "splits": splits})
+            names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
+            info = _describe(inputs, chosen, names)
         with _opened(Path(out), config, info, resume, reporter) as run:
             kept = None if inputs.cohort is None else device_cache(config.train, where)  # of all folds: the same slides
             for fold in distributed.share([fold for fold in chosen if not run.finished(fold)]):
@@ -207,7 +210,20 @@ def _describe(inputs: Inputs, folds: list[int], names: Mapping[str, Path | str |
         data={name: None if path is None else str(path) for name, path in names.items()},
         versions={name: version(name) for name in ("momkd", "torch", "numpy", "scikit-learn")},
         skipped=dict(inputs.cohort.skipped) if inputs.cohort is not None else {},
+        digests=_digests(inputs) if distributed.first() else {},  # the rank that opens the run compares them
     )
+
+
+def _digests(inputs: Inputs) -> dict[str, str]:
+    """Of the content of each input that the run learns from."""
+    used = {slide for split in inputs.splits for part in split.parts().values() for slide in part}
+    made = {"labels": digests.of_labels(inputs.labels, sorted(used & set(inputs.labels.table.index)))}
+    made["splits"] = digests.of_splits(inputs.splits)
+    if inputs.omics is not None:
+        made["omics"] = digests.of_omics(inputs.omics)
+    if inputs.cohort is not None:
+        made["features"] = digests.of_features(inputs.cohort)
+    return made
 
 
 def _share_of(omics: Omics, share: float, seed: int) -> Omics:
@@ -263,11 +279,20 @@ def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
             f"{out}: expected classes {run.info.classes} and width {run.info.in_features} as when it began, got "
             f"{info.classes} and {info.in_features}; resume with the same data or choose another --out"
         )
+    before, now = run.info.digests, info.digests
+    began = any(path.name in ("state.pt", PREDICTIONS) for path in out.glob("fold_*/*"))
+    if before and began and (others := [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]):
+        given = ", ".join(f"{name} {info.data.get(name)}" for name in others)
+        raise InputError(
+            f"{out}: expected the {' and '.join(others)} that it began with, got others ({given}); resume with the "
+            "same content or choose another --out"
+        )
     remove_leftovers(out)
-    for fold in info.folds:
-        if run.finished(fold):
-            (run.fold(fold) / "state.pt").unlink(missing_ok=True)
-    return Run.create(out, config, replace(info, skipped={**run.info.skipped, **info.skipped}))
+    finished = {fold for fold in {*run.info.folds, *info.folds} if run.finished(fold)}
+    for fold in finished:
+        (run.fold(fold) / "state.pt").unlink(missing_ok=True)
+    folds, skipped = sorted(finished | set(info.folds)), {**run.info.skipped, **info.skipped}
+    return Run.create(out, config, replace(info, folds=folds, skipped=skipped))
 
 
 def _just_begun(out: Path, files: list[Path], config: Config, resume: bool) -> bool:

@@ -201,6 +201,100 @@ def test_an_interrupted_run_ends_the_same(tiny_cohort: SimulatedCohort, tmp_path
     assert not list(out.rglob("state.pt"))
 
 
+def swap_slides(cohort: SimulatedCohort) -> None:
+    one, two = sorted(cohort.features.iterdir())[:2]
+    one.rename(cohort.features / "other")
+    two.rename(one)
+    (cohort.features / "other").rename(two)
+
+
+def swap_test_slides(cohort: SimulatedCohort) -> None:
+    one, two = (cohort.splits / f"splits_{fold}.csv" for fold in (0, 1))
+    two.write_text(one.read_text())
+
+
+def change_features(cohort: SimulatedCohort) -> None:
+    with h5py.File(sorted(cohort.features.iterdir())[-1], "r+") as file:
+        file["features"][3, 5] += 1
+
+
+def change_expression(cohort: SimulatedCohort) -> None:
+    table = pd.read_csv(cohort.omics)
+    table.iloc[3, 5] += 1
+    table.to_csv(cohort.omics, index=False)
+
+
+def change_label(cohort: SimulatedCohort) -> None:
+    table = pd.read_csv(cohort.labels)
+    table.loc[3, "label"] = 1 - table.loc[3, "label"]
+    table.to_csv(cohort.labels, index=False)
+
+
+CHANGES = {
+    swap_slides: "features",
+    change_features: "features",
+    change_label: "labels",
+    swap_test_slides: "splits",
+    change_expression: "omics",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_only_with_what_it_began_with(
+    trained: Run, own_cohort: SimulatedCohort, tmp_path: Path, change: Callable[[SimulatedCohort], None]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained.folder, out)
+    change(own_cohort)
+    with pytest.raises(InputError) as caught:
+        train(own_cohort, out, resume=True)
+    assert f"{out}: expected the {CHANGES[change]} that it began with, got others ({CHANGES[change]} " in str(
+        caught.value
+    )
+    assert contents(out) == contents(trained.folder)
+    for fold in (0, 1):
+        shutil.rmtree(out / f"fold_{fold}")  # nothing has been learned from them yet
+    with pytest.raises(StopIteration):
+        train(own_cohort, out, resume=True, reporter=StopsAtOnce())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class StopsAtOnce(Reporter):
+    def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None:
+        raise StopIteration
+
+
+def test_other_folds_are_added_to_a_run_from_files_that_have_moved(
+    trained: Run, own_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
+    """Finished folds stay; one that was begun and neither finished nor asked for is not of the run."""
+    out, table = tmp_path / "run", own_cohort.labels
+    shutil.copytree(trained.folder, out)
+    shutil.rmtree(out / "fold_0")
+    pd.read_csv(table, dtype=str)[::-1].to_csv(table, index=False)  # the same content, written otherwise
+    run = train(own_cohort, out, folds=[0], resume=True)
+    assert run.info.folds == [0, 1]
+    assert run.info.data["features"] == str(own_cohort.features)
+    for name in ("predictions.csv", "metrics.json", "fold_0/model.safetensors"):
+        assert (out / name).read_bytes() == (trained.folder / name).read_bytes(), name
+    (out / "fold_0" / "predictions.csv").unlink()
+    run = train(own_cohort, out, folds=[1], resume=True)
+    assert run.info.folds == [1]
+    assert set(pd.read_csv(out / "predictions.csv")["fold"]) == {1}
+
+
+def test_a_run_of_before_digests_were_kept_goes_on(trained: Run, own_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained.folder, out)
+    values = json.loads((out / "run.json").read_text())
+    del values["digests"]
+    (out / "run.json").write_text(json.dumps(values))
+    assert train(own_cohort, out, resume=True).info.digests == trained.info.digests
+
+
 def test_features_kept_on_a_device_serve_all_folds_and_change_nothing(
     tiny_cohort: SimulatedCohort, tmp_path: Path, trained: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,10 @@ class PackedStore:
                 f"{self.name(slide_id)}: graph: expected lists of neighbours, got {error}; {_AGAIN}"
             ) from error
 
+    def checksum(self, slide_id: str) -> str:
+        """CRC-32 of the slide's features, as it was packed."""
+        return f"{int(self._sums[self._slide(slide_id), PARTS.index('features')]):08x}"
+
     def damage(self, slide_id: str) -> str | None:
         """What is wrong with the bytes of a slide, in one line, or None."""
         try:

@@ -45,6 +45,9 @@ class SlideSource(Protocol):
     def graph(self, slide_id: str, neighbours: int) -> Edges | None:
         """The graph of k neighbours that is stored with the slide, or None."""
 
+    def checksum(self, slide_id: str) -> str | None:
+        """That of the slide's features where it is stored with them, or None."""
+
 
 @dataclass(frozen=True)
 class SlideFiles:
@@ -88,6 +91,9 @@ class SlideFiles:
         return slide_attributes(self.paths[slide_id])
 
     def graph(self, slide_id: str, neighbours: int) -> Edges | None:
+        return None
+
+    def checksum(self, slide_id: str) -> str | None:
         return None
 
     @contextlib.contextmanager
