@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import pandas as pd
 from momkd import distributed
 from momkd.data.atomic import write_csv, write_json
 from momkd.data.batches import BagLoader
+from momkd.data.classes import LabelOptions
 from momkd.data.cohort import open_cohort
+from momkd.data.ids import shared_note
+from momkd.data.splits import match_splits, read_splits
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
 from momkd.inference import device_cache, pick_device, probabilities
@@ -57,6 +62,8 @@ def evaluate_external(
     skip_bad: bool = False,
     device: str | None = None,
     graphs: Path | str | None = None,
+    label_options: LabelOptions | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Predicts another cohort with the model of every fold and writes predictions_external.csv into the run.
 
@@ -68,13 +75,15 @@ def evaluate_external(
         label: column of the labels; None takes that of the run, by its name.
         skip_bad: leave out slides that cannot be used.
         device, graphs: as for training.
+        label_options: what is missing and which cases there are; the classes are the run's.
+        report: called with each line that a user should know, on rank 0.
 
     Returns:
         The slides that were skipped, and why.
     """
     with distributed.together():
         where = pick_device(device)
-        table = read_labels(labels, label=label or run.info.label, classes=run.info.classes)
+        table = read_labels(labels, label=label or run.info.label, classes=run.info.classes, options=label_options)
         cohort = open_cohort(
             features,
             table.table.index,
@@ -84,6 +93,10 @@ def evaluate_external(
             neighbours=run.config.model.graph_neighbours,
             graphs=graphs,
         )
+    if report is not None and distributed.first():
+        shared = shared_note(table.source, table.table["case_id"].to_dict(), *_known(run, label_options))
+        for text in (table.summary(), *table.notes, *cohort.notes, *shared):
+            report(text)
     slides, options = list(cohort.paths), run.config.train
     loader = BagLoader(
         slides,
@@ -108,3 +121,19 @@ def evaluate_external(
         if distributed.first():
             write_csv(run.folder / EXTERNAL, pd.concat(parts, ignore_index=True))
     return cohort.skipped
+
+
+def _known(run: Run, options: LabelOptions | None) -> tuple[set[str], set[str]]:
+    """Slides and cases of the run's own cohort: from its predictions, and from its labels and splits if still there."""
+    table = read_predictions(run.folder / PREDICTIONS) if (run.folder / PREDICTIONS).is_file() else None
+    slides, cases = (set(), set()) if table is None else (set(table["slide_id"]), set(table["case_id"]))
+    labels, splits = run.info.data.get("labels"), run.info.data.get("splits")
+    if labels is not None and splits is not None:
+        cases_too = LabelOptions(case_from=None if options is None else options.case_from)
+        with contextlib.suppress(InputError):  # they may have moved, or say less than the predictions
+            own = read_labels(labels, label=run.info.label, options=cases_too)
+            folds, _ = match_splits(read_splits(splits, own.table.index), own)
+            used = {slide for split in folds for part in split.parts().values() for slide in part}
+            slides |= used
+            cases |= set(own.table["case_id"].reindex(sorted(used)).dropna())
+    return slides, cases

@@ -7,7 +7,7 @@ their scaling too, is fitted inside the training part of each fold. Of several r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,13 @@ from momkd.config import Config
 from momkd.data import digests
 from momkd.data.atomic import is_leftover, make_folder, remove_leftovers, write_csv, write_json
 from momkd.data.batches import BagLoader
+from momkd.data.classes import LabelOptions
 from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.genes import OmicsTransform
 from momkd.data.lock import LOCK, locked
 from momkd.data.omics import Omics, read_omics
 from momkd.data.prefetch import DeviceCache
-from momkd.data.splits import Split, check_splits, read_splits
+from momkd.data.splits import Split, check_parts, check_splits, match_splits, read_splits
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_run
@@ -48,7 +49,8 @@ class Reporter:
 
     def progress(self, progress: Progress) -> None: ...
 
-    def fold_ends(self, fold: int, log: pd.DataFrame) -> None: ...
+    def fold_ends(self, fold: int, log: pd.DataFrame, slides: dict[str, int]) -> None:
+        """`slides`: of each part, without those that could not be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,13 @@ class Inputs:
     splits: list[Split]
     cohort: Cohort | None
     omics: Omics | None
+
+    def usable(self) -> Collection[str]:
+        """Slides that can be read or, where the genomics are alone, whose case has a profile."""
+        if self.cohort is not None:
+            return self.cohort.paths.keys()
+        assert self.omics is not None
+        return set(self.labels.table.index[self.labels.table["case_id"].isin(self.omics.table.index)])
 
 
 def read_inputs(
@@ -72,6 +81,7 @@ def read_inputs(
     skip_bad: bool = False,
     leaks: bool = False,
     graphs: Path | str | None = None,
+    label_options: LabelOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Inputs:
     """Reads labels, splits and omics, and the headers of all feature files; see `train_run` for the arguments."""
@@ -81,8 +91,10 @@ def read_inputs(
         raise InputError("omics: expected a table of profiles for model.kind=omics, got none; give --omics")
     if not alone and features is None:
         raise InputError("features: expected a folder of feature files, got none; give --features")
-    table = read_labels(labels, label=label)
-    folds = read_splits(splits)
+    table = read_labels(labels, label=label, options=label_options)
+    folds, matched = match_splits(read_splits(splits, table.table.index), table, str(splits))
+    for text in (table.summary(), *table.notes, *matched):
+        reporter.note(text)
     check_splits(folds, table, source=str(splits), leaks=leaks)
     used = {slide for split in folds for part in split.parts().values() for slide in part}
     slides = [slide for slide in table.table.index if slide in used]
@@ -110,6 +122,8 @@ def read_inputs(
         cohort = open_cohort(
             features, slides, skip_bad=skip_bad, source=table.source, neighbours=neighbours, graphs=graphs
         )
+        for text in cohort.notes:
+            reporter.note(text)
         for slide, reason in cohort.skipped.items():
             reporter.note(f"skipped {slide}: {reason}")
     return Inputs(table, folds, cohort, profiles)
@@ -130,6 +144,7 @@ def train_run(
     leaks: bool = False,
     device: str | None = None,
     graphs: Path | str | None = None,
+    label_options: LabelOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
     """Trains a model a fold, predicts their validation and test slides and evaluates them; returns the run.
@@ -152,6 +167,7 @@ def train_run(
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2: read, and written where missing; None
             builds them anew each run.
+        label_options: which of two classes is positive, what is missing, which cases there are: see `LabelOptions`.
         reporter: told how it goes, on rank 0.
 
     Raises:
@@ -173,11 +189,15 @@ def train_run(
                 skip_bad=skip_bad,
                 leaks=leaks,
                 graphs=graphs,
+                label_options=label_options,
                 reporter=reporter,
             )
-            chosen = list(range(len(inputs.splits))) if folds is None else list(folds)
+            chosen = list(range(len(inputs.splits))) if folds is None else list(dict.fromkeys(folds))
             if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
                 raise InputError(f"fold: expected 0 to {len(inputs.splits) - 1} as in {splits}, got {bad[0]}")
+            for fold in chosen:
+                for text in check_parts(fold, inputs.splits[fold], inputs.labels, inputs.usable(), str(splits)):
+                    reporter.note(text)
             names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
             info = _describe(inputs, chosen, names)
         with _opened(Path(out), config, info, resume, reporter) as run:
@@ -347,7 +367,8 @@ def _train_fold(
         if distributed.first():
             write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
             (folder / "state.pt").unlink(missing_ok=True)
-    reporter.fold_ends(fold, pd.DataFrame(trainer.log))
+    read = {part: sum(slide not in (skipped or ()) for slide in x.slide_ids) for part, x in loaders.items()}
+    reporter.fold_ends(fold, pd.DataFrame(trainer.log), read)
 
 
 def _shared_genes(inputs: Inputs, split: Split, config: Config, folder: Path) -> OmicsTransform | None:

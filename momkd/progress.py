@@ -42,14 +42,12 @@ class ConsoleReporter(Reporter):
     def __init__(self, console: Console, name: str = "") -> None:
         self.console, self.name = console, name
         self.bar: Progress | None = None
-        self.slides: dict[str, int] = {}
         self.task = TaskID(0)
 
     def note(self, text: str) -> None:
         note(text, console=self.console)
 
     def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None:
-        self.slides = slides
         self.bar = progress_bar(self.console, TextColumn("{task.fields[told]}", markup=False))
         self.bar.start()
         self.task = self.bar.add_task(f"{self.name} fold {fold} ".lstrip(), total=None, told="")
@@ -63,9 +61,9 @@ class ConsoleReporter(Reporter):
         done = progress.epoch + progress.step / progress.steps
         self.bar.update(self.task, total=progress.epochs, completed=round(done, 1), told=told)
 
-    def fold_ends(self, fold: int, log: pd.DataFrame) -> None:
+    def fold_ends(self, fold: int, log: pd.DataFrame, slides: dict[str, int]) -> None:
         self.close()
-        counts = ", ".join(f"{count} {part}" for part, count in self.slides.items())
+        counts = ", ".join(f"{count} {part}" for part, count in slides.items())
         line = f"{self.name} fold {fold}: {len(log)} epochs on {counts} slides".lstrip()
         if log["val_auc"].notna().any():
             best = int(log["val_auc"].argmax())

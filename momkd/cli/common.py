@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ import momkd
 from momkd import env
 from momkd.errors import SharedError
 from momkd.terminal import note, say
+
+if TYPE_CHECKING:
+    from momkd.data import LabelOptions, Labels
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,17 @@ _FEATURES = "Folder of feature files, one a slide (.h5, .pt, .npy), or a file of
 Features = Annotated[Path, typer.Option("--features", help=_FEATURES)]
 SomeFeatures = Annotated[Path | None, typer.Option("--features", help=_FEATURES)]
 Label = Annotated[str | None, typer.Option("--label", help="Column of the labels.")]
+Classes = Annotated[
+    str | None, typer.Option("--classes", help="The classes in order, with commas; of two the second is positive.")
+]
+Positive = Annotated[str | None, typer.Option("--positive", help="Of two classes the positive one.")]
+Missing = Annotated[
+    list[str] | None,
+    typer.Option("--missing", help="One more text that means no label, besides NA, null and others; may be repeated."),
+]
+CaseFrom = Annotated[
+    str | None, typer.Option("--case-from", help="Column of cases, or tcga: the first 12 characters of TCGA barcodes.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cuda:1; a GPU where there is one.")]
 Graphs = Annotated[
     Path | None, typer.Option("--graphs", help="Folder that keeps graphs of patches, for the encoder gatv2.")
@@ -36,6 +50,26 @@ Omics = Annotated[Path | None, typer.Option("--omics", help="Table of cases x ge
 def say_skipped(skipped: dict[str, str]) -> None:
     for slide, reason in skipped.items():
         note(f"skipped {slide}: {reason}")
+
+
+def label_options(
+    classes: str | None = None,
+    positive: str | None = None,
+    missing: list[str] | None = None,
+    case_from: str | None = None,
+) -> LabelOptions:
+    """What the options say of labels."""
+    from momkd.data import LabelOptions
+
+    names = None if classes is None else tuple(name.strip() for name in classes.split(","))
+    return LabelOptions(names, positive, tuple(missing or ()), case_from)
+
+
+def say_labels(labels: Labels) -> None:
+    """Print the classes with their counts, and what there is to know of the table."""
+    say(labels.summary())
+    for text in labels.notes:
+        note(text)
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,14 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from momkd.cli.common import (
+    CaseFrom,
+    Classes,
     Device,
     Features,
     Graphs,
     Label,
+    Missing,
     Omics,
+    Positive,
     SkipBad,
     SomeFeatures,
     app,
+    label_options,
     say_skipped,
 )
 from momkd.errors import InputError
@@ -46,6 +51,10 @@ def train(
     allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow a case in two parts of a split.")] = False,
     device: Device = None,
     graphs: Graphs = None,
+    classes: Classes = None,
+    positive: Positive = None,
+    missing: Missing = None,
+    case_from: CaseFrom = None,
 ) -> None:
     """Train a model on every fold, predict its test slides, and evaluate."""
     from momkd import distributed
@@ -73,6 +82,7 @@ def train(
             leaks=allow_leaks,
             device=device,
             graphs=graphs,
+            label_options=label_options(classes, positive, missing, case_from),
             reporter=reporter,
         )
         if distributed.first():
@@ -89,6 +99,8 @@ def evaluate(
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
+    missing: Missing = None,
+    case_from: CaseFrom = None,
 ) -> None:
     """Metrics of a run with intervals; with --features and --labels also on an external cohort."""
     from momkd import distributed
@@ -102,6 +114,7 @@ def evaluate(
         skipped: dict[str, str] = {}
         if features is not None and labels is not None:
             options: dict[str, Any] = {"label": label, "skip_bad": skip_bad, "device": device, "graphs": graphs}
+            options |= {"label_options": label_options(missing=missing, case_from=case_from), "report": note}
             skipped = evaluate_external(opened, features, labels, **options)
         if distributed.first():
             say_skipped(skipped)
@@ -170,6 +183,7 @@ def explain(
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
+    missing: Missing = None,
 ) -> None:
     """Show what a model looks at: maps of attention, also for QuPath, and the patches behind its prototypes."""
     from momkd.explain import Options, explain_run
@@ -187,6 +201,7 @@ def explain(
             images=slides,
             labels=labels,
             label=label,
+            label_options=label_options(missing=missing),
             skip_bad=skip_bad,
             device=device,
             graphs=graphs,

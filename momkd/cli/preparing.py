@@ -12,7 +12,18 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TextColumn
 
-from momkd.cli.common import Label, SkipBad, app, say_skipped
+from momkd.cli.common import (
+    CaseFrom,
+    Classes,
+    Label,
+    Missing,
+    Positive,
+    SkipBad,
+    app,
+    label_options,
+    say_labels,
+    say_skipped,
+)
 from momkd.errors import InputError
 from momkd.terminal import OUT, note, say
 
@@ -27,12 +38,18 @@ def splits(
         float, typer.Option("--val", min=0, max=0.99, help="Share that validates, of what is not test.")
     ] = 0.15,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    classes: Classes = None,
+    positive: Positive = None,
+    missing: Missing = None,
+    case_from: CaseFrom = None,
 ) -> None:
     """Make splits by patient, stratified by class, in CLAM's files."""
     from momkd.data.splits import make_splits, write_splits
     from momkd.data.tables import read_labels
 
-    made = make_splits(read_labels(labels, label=label), folds, seed, val)
+    table = read_labels(labels, label=label, options=label_options(classes, positive, missing, case_from))
+    say_labels(table)
+    made = make_splits(table, folds, seed, val)
     write_splits(out, made)
     sizes = ", ".join(f"{len(slides)} {part}" for part, slides in made[0].parts().items())
     say(f"{len(made)} splits (the first: {sizes} slides): {out}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from momkd.data.graphs import SlideGraphs, no_coords
+from momkd.data.ids import match_ids, matched_note
 from momkd.data.sources import SlideSource, open_source
 from momkd.errors import InputError
 
@@ -26,6 +27,7 @@ class Cohort:
         source: where they are read from.
         skipped: slides left out by `skip_bad`, and why. Reading may add to it.
         graphs: gives the graph of a slide, where one is wanted.
+        matched: the note of ids that were matched without endings such as .svs, or none.
     """
 
     paths: Mapping[str, Path]
@@ -35,6 +37,7 @@ class Cohort:
     source: SlideSource
     skipped: dict[str, str] = field(default_factory=dict)
     graphs: SlideGraphs | None = None
+    matched: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,7 +46,7 @@ class Cohort:
     def notes(self) -> list[str]:
         """What was found or converted while slides were read, a line each."""
         noted = getattr(self.source, "noted", {})
-        lines = []
+        lines = [self.matched] if self.matched else []
         for note, slides in noted.items():
             slides = [slide for slide in slides if slide in self.paths]
             if slides:
@@ -104,6 +107,8 @@ def open_cohort(
     files = open_source(features)
     found = files.paths
     wanted = list(found) if slide_ids is None else list(slide_ids)
+    if matched := match_ids(wanted, found):
+        files.alias(matched)
     bad: dict[str, str] = {}
     headers: dict[str, tuple[int, int, str]] = {}
     for slide in wanted:
@@ -147,4 +152,5 @@ def open_cohort(
         files,
         {slide: bad[slide] for slide in wanted if slide in bad},
         None if neighbours is None else SlideGraphs(files, neighbours, None if graphs is None else Path(graphs)),
+        matched_note(source, matched, str(features)) if matched else "",
     )

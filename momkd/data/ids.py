@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from momkd.data.text import listed
@@ -113,3 +113,23 @@ def matched_note(source: str, matched: Collection[str], other: str) -> str:
     """The note for `match_ids`: how many ids of `source` were found without their endings."""
     first = next(iter(matched))
     return f"{source}: {len(matched)} ids such as {first!r} matched those of {other} without endings such as .svs"
+
+
+def shared_note(source: str, case_of: Mapping[str, str], slides: Collection[str], cases: Collection[str]) -> list[str]:
+    """The note that slides or cases of an external cohort are of the run's own, or none.
+
+    Args:
+        source: the table of the external cohort.
+        case_of: its cases by slide.
+        slides, cases: of the run's own cohort.
+    """
+    bare_slides = {bare(slide) for slide in slides}
+    same = [slide for slide in case_of if bare(slide) in bare_slides]
+    patients = {case for case in case_of.values() if case in cases} | {case_of[slide] for slide in same}
+    if not patients:
+        return []
+    cases_of = f"{len(patients)} of {len(set(case_of.values()))} cases"
+    return [
+        f"{source}: {len(same)} of {len(case_of)} slides and {cases_of} have ids of the cohort that the run was "
+        "trained on; scores of those are not external"
+    ]

@@ -225,6 +225,11 @@ class PackedStore:
         """CRC-32 of the slide's features, as it was packed."""
         return f"{int(self._sums[self._slide(slide_id), PARTS.index('features')]):08x}"
 
+    def alias(self, names: Mapping[str, str]) -> None:
+        """Let slides be asked for by other ids too: other id -> id."""
+        self._number.update({name: self._number[slide] for name, slide in names.items()})
+        self.paths.update(dict.fromkeys(names, self.path))
+
     def damage(self, slide_id: str) -> str | None:
         """What is wrong with the bytes of a slide, in one line, or None."""
         try:

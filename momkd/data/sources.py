@@ -48,12 +48,15 @@ class SlideSource(Protocol):
     def checksum(self, slide_id: str) -> str | None:
         """That of the slide's features where it is stored with them, or None."""
 
+    def alias(self, names: Mapping[str, str]) -> None:
+        """Let slides be asked for by other ids too: other id -> id."""
+
 
 @dataclass(frozen=True)
 class SlideFiles:
     """Slides as `find_slides` finds them, one file each. A file that changes after its header was read is refused."""
 
-    paths: Mapping[str, Path]
+    paths: dict[str, Path]
     noted: dict[str, list[str]] = field(default_factory=dict)  # what was found or converted -> slides
     _seen: dict[str, tuple[tuple[int, int] | None, bool]] = field(default_factory=dict, repr=False)  # stamp, has_coords
 
@@ -95,6 +98,9 @@ class SlideFiles:
 
     def checksum(self, slide_id: str) -> str | None:
         return None
+
+    def alias(self, names: Mapping[str, str]) -> None:
+        self.paths.update({name: self.paths[slide] for name, slide in names.items()})
 
     @contextlib.contextmanager
     def _unchanged(self, slide_id: str) -> Iterator[Path]:

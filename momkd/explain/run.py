@@ -25,8 +25,10 @@ import pandas as pd
 import momkd
 from momkd.bootstrap import Floats
 from momkd.data.atomic import write_csv, write_json, write_text
+from momkd.data.classes import LabelOptions
 from momkd.data.folders import whole_folder
-from momkd.data.tables import read_labels
+from momkd.data.ids import match_ids, matched_note
+from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.explain.index import Content, Memory, SlideCard, index_html
 from momkd.explain.look import NearestPatches, Shares, unit_prototypes
@@ -69,6 +71,7 @@ def explain_run(
     images: Path | str | None = None,
     labels: Path | str | None = None,
     label: str | None = None,
+    label_options: LabelOptions | None = None,
     skip_bad: bool = False,
     device: str | None = None,
     graphs: Path | str | None = None,
@@ -85,6 +88,7 @@ def explain_run(
         images: folder of the images of whole slides, for thumbnails; slides without one are noted.
         labels: CSV of slide_id and the label, to show beside what was predicted.
         label: its column; None takes that of the run, by its name.
+        label_options: what is missing and which cases there are; the classes are the run's.
         skip_bad: leave out slides that cannot be used, instead of ending.
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2.
@@ -101,12 +105,20 @@ def explain_run(
     where = pick_device(device)
     model = run.load_model(fold, where)
     pictures = None if images is None else SlideImages(images)
-    known = _known_labels(run, labels, label)
+    table = _known_labels(run, labels, label, label_options)
     prototypes = unit_prototypes(model.memory) if isinstance(model, MoMKD) and model.memory.is_filled else None
     with whole_folder(out, name="an explanation", mark=_MARK, written=_WRITTEN, overwrite=True) as folder:
         cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
         view = View(run, fold, model, prototypes, cohort, loader, where, options)
         view.notes.extend(_facts(view, features))
+        known: dict[str, int] = {}
+        if table is not None:
+            matched = match_ids(cohort.paths, table.table.index)
+            label_of = table.table["label"].to_dict()
+            known = {slide: label_of.get(matched.get(slide, slide), -1) for slide in cohort.paths}
+            view.notes.extend([table.summary(), *table.notes])
+            if matched:
+                view.notes.append(matched_note(str(features), matched, table.source))
         done = 0
 
         def step() -> None:
@@ -160,13 +172,14 @@ def _see_all(view: View, known: Mapping[str, int], step: Callable[[], None]) -> 
     return _Seen(pd.DataFrame(rows), np.array(pooled), nearest, shares)
 
 
-def _known_labels(run: Run, labels: Path | str | None, label: str | None) -> dict[str, int]:
+def _known_labels(
+    run: Run, labels: Path | str | None, label: str | None, options: LabelOptions | None
+) -> Labels | None:
     if labels is None:
         if label is not None:
             raise InputError(f"--label: expected --labels with it, got {label!r} alone; give the table too")
-        return {}
-    table = read_labels(labels, label=label or run.info.label, classes=run.info.classes).table
-    return {str(slide): int(c) for slide, c in table["label"].items()}
+        return None
+    return read_labels(labels, label=label or run.info.label, classes=run.info.classes, options=options)
 
 
 def _parts(run: Run, fold: int) -> dict[str, str]:
