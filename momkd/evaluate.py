@@ -94,7 +94,7 @@ def evaluate_external(
             graphs=graphs,
         )
     if report is not None and distributed.first():
-        shared = shared_note(table.source, table.table["case_id"].to_dict(), *_known(run, label_options))
+        shared = shared_note(table.source, table.cases(), *_known(run, label_options))
         for text in (table.summary(), *table.notes, *cohort.notes, *shared):
             report(text)
     slides, options = list(cohort.paths), run.config.train

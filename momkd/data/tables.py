@@ -45,6 +45,10 @@ class Labels:
         """How messages name this table."""
         return str(self.path) if self.path is not None else "labels"
 
+    def cases(self) -> dict[str, str]:
+        """The case of each slide."""
+        return dict(zip(self.table.index, self.table["case_id"], strict=True))
+
     def summary(self) -> str:
         """The classes with their numbers of slides in one line, and how many slides have no label.
 
