@@ -83,6 +83,7 @@ def read_inputs(
     graphs: Path | str | None = None,
     label_options: LabelOptions | None = None,
     reporter: Reporter | None = None,
+    omics_columns: str | Path | Sequence[str] | None = None,
 ) -> Inputs:
     """Reads labels, splits and omics, and the headers of all feature files; see `train_run` for the arguments."""
     reporter = reporter or Reporter()
@@ -100,7 +101,11 @@ def read_inputs(
     slides = [slide for slide in table.table.index if slide in used]
     profiles = None
     if omics is not None and config.model.kind != "abmil":
-        profiles = read_omics(omics)
+        profiles = read_omics(omics, label=table.name, keep=omics_columns)
+        first = table.table.loc[slides].drop_duplicates("case_id").set_index("case_id")["label"]
+        profiles = profiles.without_label(first.to_dict())
+        for note in profiles.notes:
+            reporter.note(note)
         if config.omics.share < 1:
             profiles = _share_of(profiles, config.omics.share, config.train.seed)
         cases = table.table.loc[slides, "case_id"].unique()
@@ -146,6 +151,7 @@ def train_run(
     graphs: Path | str | None = None,
     label_options: LabelOptions | None = None,
     reporter: Reporter | None = None,
+    omics_columns: str | Path | Sequence[str] | None = None,
 ) -> Run:
     """Trains a model a fold, predicts their validation and test slides and evaluates them; returns the run.
 
@@ -169,6 +175,9 @@ def train_run(
             builds them anew each run.
         label_options: which of two classes is positive, what is missing, which cases there are: see `LabelOptions`.
         reporter: told how it goes, on rank 0.
+        omics_columns: columns of `omics` that are genes though they look like clinical metadata or like the label: names
+            with commas between them, a file with one a line, "all", or a sequence of names. Others are left out, see
+            `momkd.data.gene_columns`.
 
     Raises:
         InputError: anything wrong with the input, in one line.
@@ -191,6 +200,7 @@ def train_run(
                 graphs=graphs,
                 label_options=label_options,
                 reporter=reporter,
+                omics_columns=omics_columns,
             )
             chosen = list(range(len(inputs.splits))) if folds is None else list(dict.fromkeys(folds))
             if bad := [fold for fold in chosen if not 0 <= fold < len(inputs.splits)]:
@@ -394,7 +404,8 @@ def _fit_genes(inputs: Inputs, split: Split, config: Config) -> OmicsTransform |
     if len(rows) == 0:
         raise InputError(f"{inputs.omics.source}: expected profiles of training cases, got none; check the splits")
     options = config.omics
-    log: str | bool = {"yes": True, "no": False}.get(options.log, "auto")
+    found = inputs.omics.counts  # of the whole table, for all folds alike
+    log: str | bool = {"yes": True, "no": False}.get(options.log, "auto" if found is None else found)
     table = inputs.omics.table.loc[rows["case_id"]]
     return OmicsTransform.fit(
         table,

@@ -44,6 +44,14 @@ Graphs = Annotated[
     Path | None, typer.Option("--graphs", help="Folder that keeps graphs of patches, for the encoder gatv2.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out slides that cannot be used, and list them.")]
+OmicsColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--omics-columns",
+        help="Columns of --omics that are genes though they look like metadata or the label: names with commas between "
+        "them, a file with one a line, or all.",
+    ),
+]
 Omics = Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")]
 
 

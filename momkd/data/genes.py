@@ -101,7 +101,7 @@ class OmicsTransform:
         if classes.shape != (len(table),):
             raise ValueError(f"labels: expected ({len(table)},), one a case, got {classes.shape}")
         names = _names(table)
-        logged = _looks_like_counts(table) if log == "auto" else bool(log)
+        logged = looks_like_counts(table) if log == "auto" else bool(log)
 
         mean, std, score = (np.concatenate(a) for a in zip(*_statistics(table, logged, clip, classes), strict=True))
         scale = np.where(std > 0, std, 1.0)
@@ -214,7 +214,8 @@ def _between(values: Doubles, member: Doubles) -> Doubles:
     return share
 
 
-def _looks_like_counts(table: pd.DataFrame) -> bool:
+def looks_like_counts(table: pd.DataFrame) -> bool:
+    """Whether no value is negative and the largest is above 50, as in counts or TPM, whose logarithm is to be taken."""
     extremes = [(values.min(), values.max()) for values in (_values(table, at, False) for at in _blocks(table))]
     return bool(min(low for low, _ in extremes) >= 0 and max(high for _, high in extremes) > _COUNTS_ABOVE)
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import itertools
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from momkd.data.classes import MISSING
+from momkd.data.files import kind_of
+from momkd.data.gene_columns import GeneRules, kept_columns, left_out_note, no_genes
+from momkd.data.genes import looks_like_counts
+from momkd.data.omics_text import EXPECTED, Floats, Profiles, no_number, read_text_profiles
 from momkd.data.raw import one_line, open_raw
 from momkd.data.text import is_unnamed
 from momkd.errors import InputError
 
-Floats = npt.NDArray[np.float32]
-
 _SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-_CHUNK = 1 << 24  # cells that are parsed at a time: wide tables in few pieces, long ones in little memory
 _FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
-_RAGGED = re.compile(r"Expected (\d+) fields in line (\d+), saw (\d+)")
 _GENE_COLUMN = re.compile(r"(hugo[_ ]?)?(genes?|symbols?|ensembl)([_ ]?(ids?|names?|symbols?))?", re.IGNORECASE)
 _GENE_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?|ACTB|B2M|BRCA1|CD8A|EGFR|ERBB2|ESR1|GAPDH|GATA3|MYC|PTEN|TP53")
+_DATE = re.compile(r"\d{1,2}-(Mar|Sep|Sept|Dec)|(Mar|Sep|Sept|Dec)-\d{1,2}", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +33,18 @@ class Omics:
     Args:
         table: index `case_id` (unique text), a float32 column a gene (unique text), every value finite.
         path: the file or folder they came from, for messages.
+        left_out: columns of the file that are no genes, each with the reason.
+        counts: whether the logarithm of the values is to be taken; None where it was not looked at.
+        rules: what its genes were chosen by.
+        remarks: what else a user should know of the file, a line each, without its name.
     """
 
     table: pd.DataFrame
     path: Path | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    counts: bool | None = None
+    rules: GeneRules = field(default_factory=GeneRules)
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.table)
@@ -52,138 +54,80 @@ class Omics:
         """How messages name this table."""
         return str(self.path) if self.path is not None else "omics"
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, a line each."""
+        lines = [*self.remarks, *([left_out_note(self.left_out)] if self.left_out else [])]
+        return [f"{self.source}: {line}" for line in lines]
 
-def read_omics(path: Path | str) -> Omics:
-    """Reads a table of cases × genes, or a folder of one .npy a case.
+    def without_label(self, labels: Mapping[str, int]) -> Omics:
+        """Leave out the columns that are the label in other words; see `momkd.data.gene_columns.label_copies`.
+
+        Args:
+            labels: the class of each case, -1 where unknown; of all cases of a run. They decide together, once for all
+                folds, and only ever take columns away, so that nothing is learned from the cases of a test part.
+        """
+        known = [case for case in labels if case in self.table.index]
+        classes = np.array([labels[case] for case in known], np.int64)
+        return self._without(self.rules.by_label(self.table.loc[known], classes)) if known else self
+
+    def _without(self, left_out: Mapping[str, str]) -> Omics:
+        if not left_out:
+            return self
+        kept = [name not in left_out for name in self.table.columns]
+        everything = {**self.left_out, **left_out}
+        if not any(kept):
+            raise no_genes(self.source, "case_id", everything)
+        table = self.table.loc[:, kept]
+        return replace(self, table=table, left_out=everything, counts=looks_like_counts(table))
+
+
+def read_omics(
+    path: Path | str, *, label: str | Sequence[str] | None = None, keep: str | Path | Sequence[str] | None = None
+) -> Omics:
+    """Read a table of cases × genes, or a folder of one .npy a case.
 
     Ids are text: 007 stays 007. Values become float32; a cell that is missing, infinite or no number is an error, since
-    a made-up expression value would be learned from. To leave a case out, leave out its row.
+    a made-up expression value would be learned from. To leave a case out, leave out its row. Columns that are no genes
+    are left out, by the rules of `momkd.data.gene_columns`: `Omics.left_out` names them, with the reasons.
 
     Args:
-        path: .csv or .tsv (also .gz), or .parquet (needs pyarrow), with a column `case_id`; without one the ids are in
-            the first column. Or a folder: CASE.npy is the profile of CASE, (G,), and the genes are gene_0, gene_1, ...
+        path: .csv or .tsv (also .gz), separated by commas, semicolons or tabs, or .parquet (needs pyarrow), with a
+            column `case_id`; without one the ids are in the first column. Or a folder: CASE.npy is the profile of CASE,
+            (G,), and the genes are gene_0, gene_1, ...
+        label: the column, or columns, of the labels: a column that is named so is an error.
+        keep: columns that stay genes all the same, as `--omics-columns` gives them: names with commas between them, a
+            file with one a line, "all", or a sequence of names.
 
     Raises:
         InputError: naming file, case and gene.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path)
+    labels = () if label is None else (label,) if isinstance(label, str) else tuple(label)
+    rules = GeneRules(labels, kept_columns(keep))
+    came = kind_of(path)
+    if came == "a folder":
+        return _checked(path, _read_folder(path, rules), rules)
+    if came != "a file":
+        raise InputError(f"{path}: expected {EXPECTED} or a folder of .npy, got {came}; check --omics")
     name = path.name.lower()
-    if not path.is_file():
-        raise InputError(f"{path}: expected an omics table or a folder of .npy, got nothing there; check --omics")
     if not name.endswith(_SUFFIXES):
         raise InputError(
             f"{path}: expected an omics table ({', '.join(_SUFFIXES)}) or a folder of .npy, "
             f"got {path.suffix or 'no ending'}; convert or rename it"
         )
     if not name.endswith(".parquet"):
-        return _read_text(path)
+        return _checked(path, read_text_profiles(path, rules), rules)
     try:
-        return _read_parquet(path)
+        return _checked(path, _read_parquet(path, rules), rules)
     except UnicodeDecodeError as error:  # texts are decoded when they are looked at
         raise InputError(f"{path}: expected a table in UTF-8, got {one_line(error)}; write it again") from error
-
-
-# -- CSV and TSV -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Text:
-    """A text table and what its header says: which column holds the ids, and which hold genes."""
-
-    path: Path
-    sep: str
-    header: list[str]
-    at_id: int
-    genes: list[int]
-
-    def rows(self, file: TextIO) -> Iterator[list[str]]:
-        """Without the header."""
-        return itertools.islice(csv.reader(file, delimiter=self.sep), 1, None)
-
-
-def _read_text(path: Path) -> Omics:
-    sep = "\t" if path.name.lower().endswith((".tsv", ".tsv.gz")) else ","
-    try:
-        with _open_text(path) as file:
-            header = [name.strip() for name in next(csv.reader(file, delimiter=sep), [])]
-            if not any(header):
-                raise InputError(f"{path}: expected a header, got an empty first line; write case_id and genes there")
-            at_id = header.index("case_id") if "case_id" in header else 0
-            first = 1 if at_id > 0 and is_unnamed(header[0]) else 0  # an index that pandas wrote is no gene
-            text = _Text(path, sep, header, at_id, [i for i in range(first, len(header)) if i != at_id])
-            ids, values = _read_cells(text, file)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
-        raise InputError(f"{path}: expected a table in UTF-8, got {one_line(error)}; save it again") from error
-    return _checked(path, header[at_id], ids, [header[i] for i in text.genes], values)
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _read_cells(text: _Text, file: TextIO) -> tuple[list[str], Floats]:
-    """The ids and the values (cases, genes), by pandas' parser, a block of rows at a time; the header is read."""
-    genes, width = text.genes, len(text.header)
-    dtypes: dict[Any, Any] = {**dict.fromkeys(range(width), object), **dict.fromkeys(genes, np.float32)}
-    missing: dict[Any, Any] = dict.fromkeys(genes, MISSING)  # in the values alone: a case may be named NA
-    ids: list[str] = []
-    blocks: list[Floats] = []
-    try:
-        reader = pd.read_csv(
-            file,
-            sep=text.sep,
-            header=None,
-            index_col=False,
-            dtype=dtypes,
-            keep_default_na=False,
-            na_values=missing,
-            chunksize=max(1, _CHUNK // width),
-            low_memory=False,
-        )
-        with np.errstate(over="ignore"):  # what overflows is found by the finite check
-            for block in reader:
-                if block.shape[1] != width:
-                    raise InputError(
-                        f"{text.path}: expected {width} cells a row as in the header, got {block.shape[1]}; "
-                        "mend the header or the rows"
-                    )
-                ids += map(str.strip, block[text.at_id])
-                blocks.append(block.iloc[:, genes].to_numpy(np.float32))
-        _find_text(text, 0, 1)  # the parser takes a column of nothing but True and False for numbers
-    except pd.errors.EmptyDataError:
-        pass
-    except pd.errors.ParserError as error:
-        if match := _RAGGED.search(str(error)):  # it counts without the header
-            where = f"{text.path}: line {int(match[2]) + 1}"
-            raise InputError(f"{where}: expected {match[1]} cells, got {match[3]}; mend the line") from error
-        raise
-    except ValueError as error:
-        if isinstance(error, InputError | UnicodeDecodeError):
-            raise
-        _find_text(text, len(ids), None)
-        raise InputError(f"{text.path}: expected numbers, got {one_line(error)}; write the table again") from error
-    return ids, np.concatenate(blocks) if blocks else np.zeros((0, len(genes)), np.float32)
-
-
-def _find_text(text: _Text, start: int, stop: int | None) -> None:
-    """Raises for the first cell of these rows that is no number, since the parser does not say where it was."""
-    with _open_text(text.path) as file:
-        for row in itertools.islice(text.rows(file), start, stop):
-            for i in text.genes:
-                cell = row[i].strip() if i < len(row) else ""
-                if cell not in MISSING and not _is_number(cell):
-                    case = row[text.at_id] if text.at_id < len(row) else ""
-                    raise _no_number(text.path, case, text.header[i], repr(cell))
 
 
 # -- Parquet and folders -----------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Omics:
+def _read_parquet(path: Path, rules: GeneRules) -> Profiles:
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
     except ImportError as error:
@@ -204,13 +148,16 @@ def _read_parquet(path: Path) -> Omics:
     if frame.index.hasnans:
         raise InputError(f"{path}: expected a case id in each row, got an empty cell; fill it in")
     ids = [str(case).strip() for case in frame.index]
+    left_out = rules.by_name(str(path), corner, list(frame.columns))
+    if left_out:
+        frame = frame.loc[:, [name not in left_out for name in frame.columns]]
     for gene, dtype in zip(frame.columns, frame.dtypes, strict=True):
         if not pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
             first = repr(frame[gene].iloc[0]) if len(frame) and frame.columns.is_unique else "none"
-            raise _no_number(path, ids[0] if ids else "", gene, f"{first} ({dtype})")
+            raise no_number(path, ids[0] if ids else "", gene, f"{first} ({dtype})")
     with np.errstate(over="ignore"):  # what overflows is found by the finite check
         values = frame.to_numpy(dtype=np.float32, na_value=np.nan)
-    return _checked(path, corner, ids, list(frame.columns), values)
+    return Profiles(corner, ids, list(frame.columns), values, left_out)
 
 
 def _id_column(frame: pd.DataFrame) -> str | None:
@@ -221,7 +168,7 @@ def _id_column(frame: pd.DataFrame) -> str | None:
     return str(frame.columns[0]) if unnamed and len(frame.columns) else None
 
 
-def _read_folder(folder: Path) -> Omics:
+def _read_folder(folder: Path, rules: GeneRules) -> Profiles:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npy" and not p.name.startswith("."))
     if not files:
         raise InputError(f"{folder}: expected CASE.npy for each case, got no .npy; check --omics")
@@ -240,14 +187,16 @@ def _read_folder(folder: Path) -> Omics:
             with np.errstate(over="ignore"):
                 profiles.append(raw.read_features().astype(np.float32))
     genes = [f"gene_{i}" for i in range(len(profiles[0]))]
-    return _checked(folder, "case_id", [path.stem for path in files], genes, np.stack(profiles))
+    left_out = rules.by_name(str(folder), "case_id", genes)  # none, but it checks what is to be kept
+    return Profiles("case_id", [path.stem for path in files], genes, np.stack(profiles), left_out)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _checked(path: Path, corner: str, ids: Sequence[str], genes: Sequence[str], values: Floats) -> Omics:
-    """The table, once every case and gene has one name and every value is finite."""
+def _checked(path: Path, read: Profiles, rules: GeneRules) -> Omics:
+    """The genes of the table, once every case and gene has one name and every value is finite."""
+    corner, ids, genes, values = read.corner, read.ids, read.genes, read.values
     if not genes:
         raise InputError(f"{path}: expected a column for each gene, got only {corner!r}; separate columns with commas")
     if "case_id" in genes:
@@ -285,19 +234,10 @@ def _checked(path: Path, corner: str, ids: Sequence[str], genes: Sequence[str], 
             f"{ids[row]!r} and gene {genes[column]!r}; fill it in, or remove the case or the gene"
         )
     index = pd.Index(list(ids), name="case_id", dtype=object)
-    return Omics(pd.DataFrame(values, index, pd.Index(list(genes), dtype=object), copy=False), path)
-
-
-def _no_number(path: Path, case: str, gene: str, came: str) -> InputError:
-    return InputError(
-        f"{path}: case {case.strip()!r}, gene {gene!r}: expected a number, got {came}; mend the cell, "
-        "or remove the column if it is no gene"
-    )
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell  # 1_000 is a number in Python alone
+    table = pd.DataFrame(values, index, pd.Index(list(genes), dtype=object), copy=False)
+    remarks = read.remarks
+    if dates := [gene for gene in genes if _DATE.fullmatch(gene)]:
+        told = f"genes such as {dates[0]!r} are dates that a spreadsheet made of names like MARCH1 or SEPT2"
+        remarks = (*remarks, f"{told} ({len(dates)} in all); rename them")
+    omics = Omics(table, path, read.left_out, looks_like_counts(table), rules, remarks)
+    return omics._without(rules.by_value(table))

@@ -1,0 +1,281 @@
+"""Which columns of an omics table are genes: labels and clinical metadata that lie beside them are no expression.
+
+A column is left out, by these rules in this order, unless the user keeps it:
+
+1. Its name is a clinical one: `CLINICAL` and `_CLINICAL_PATTERN`, in any case, with any of `_`, `-`, `.` and space
+   between the words. Its cells may be text or empty.
+2. It holds few distinct integers (at most 100, and at most half as many as cases) where most columns hold fractions,
+   as codes and years do. A gene that is 0 in more than 80 % of the cases stays, and so does a table in
+   which such columns are common (over 10 and over 5 %): that is how its assay counts.
+3. Its scale is another than that of the rest: where logarithms or small values (at most 50) are the rule, a maximum
+   above 50 and 4 times the usual one; where values are negative too, a median of |x| 30 times the usual one. Where such
+   columns are common (over 3 and over 0.5 %) the table holds counts, whose genes differ by orders of magnitude, and all
+   stay. What is named like a gene (ACTB, MT-CO1, ENSG00000075624, 60) stays always.
+4. It is the label: see `label_copies`.
+
+Rules 2 and 3 need 10 cases.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from momkd.data.files import regular_file
+from momkd.errors import InputError
+
+ALL = "all"  # keeps every column
+COUNTS_ABOVE = 50.0  # log2 of any count stays below, z-scores and other differences have negative values
+SAME = 0.98  # correlation with the label from which on a column is taken for the label
+LEAST_CASES = 10  # of a class, so that no gene reaches that correlation by chance
+
+_WORDS = """
+    age sex gender race ethnicity menopause bmi weight height smoker smoking packyears isfemale ismale
+    stage grade laterality histology histologicaltype subtype morphology diagnosis primarydiagnosis cancertype oncotree
+    oncotreecode metastasis recurrence relapse progression treatment therapy radiation chemotherapy dose response
+    responder outcome volume purity tumorpurity tumourpurity ploidy msi tmb hrd mutationcount aneuploidyscore
+    percenttumorcells percenttumornuclei
+    survival event status censor censored censorship vital death dead alive deceased followup time date year
+    os ostime osevent osmonths pfs pfi dfs dfi dss rfs
+    site batch center centre hospital institution cohort project study country region
+    label labels target class split fold train val test istrain istest
+    slide slideid sample sampleid samplename patient patientid patientname case caseid caseuuid submitterid barcode
+    samplebarcode patientbarcode bcrpatientbarcode bcrsamplebarcode tcgaid uuid filename fileid
+"""
+CLINICAL = frozenset(_WORDS.split())
+_CLINICAL_PATTERN = re.compile(
+    r"(is|days|months|years)_.+|(age|year|date|time|reason|history)_(at|of|to|for)_.+"
+    r"|(ajcc|figo|gleason|pathologic|pathological|clinical)_.+|tumou?r_(stage|grade|site|type|size|status)"
+    r"|(tissue_source|primary|tumou?r|anatomic|hospital|collection)_site"
+    r"|(overall|event_free|disease_free|disease_specific|progression_free)_survival.*"
+    r"|(os|pfs|pfi|dfs|dfi|dss|rfs|survival)_.+"
+    r"|.+_(days|months|years|status|stage|grade|age|censorship|censored|ihc|followup|follow_up|barcode|uuid)"
+)
+_GENE_NAME = re.compile(r"(ENS[A-Z]*G\d{6,}(\.\d+)?|[A-Z][A-Z0-9]+([-.][A-Z0-9]+)*|C\d+orf\d+|\d+)([|( ].*)?")
+Doubles = npt.NDArray[np.float64]
+
+_BLOCK = 1 << 22  # values that one step looks at, to bound its memory
+
+CLINICAL_NAME = "clinical names"
+FEW_INTEGERS = "few distinct integers among fractions"
+OTHER_SCALE = "another scale than the rest"
+LABEL_COPY = f"correlation above {SAME} with the label"
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def same_name(a: str, b: str) -> bool:
+    """Whether two names differ in case and in `_`, `-`, `.` and space at most."""
+    return _squeezed(a) == _squeezed(b)
+
+
+def is_clinical(name: str) -> bool:
+    """Whether a column is metadata by its name; see `CLINICAL`."""
+    words = re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
+    return _squeezed(name) in CLINICAL or _CLINICAL_PATTERN.fullmatch(words) is not None
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\s_.\-]+", "", name).casefold()
+
+
+def kept_columns(value: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of columns that stay genes, as `--omics-columns` gives them.
+
+    Args:
+        value: names with commas between them, a file with one name a line, or "all"; or a sequence of names.
+
+    Returns:
+        The names; ("all",) keeps every column.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, str | Path):
+        return tuple(value)
+    text = str(value)
+    if "," not in text and ("/" in text or text.endswith((".txt", ".csv")) or Path(text).is_file()):
+        path = regular_file(text, "a file with a column's name a line", "check --omics-columns")
+        try:
+            text = path.read_text(encoding="utf-8-sig").replace("\n", "\0")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: expected a column's name a line in UTF-8, got {error}; save it again") from error
+    names = tuple(name.strip() for name in re.split("[\0]" if "\0" in text else ",", text) if name.strip())
+    if not names:
+        raise InputError(
+            f"omics-columns: expected names, a file with one a line or {ALL}, got {str(value)!r}; name some"
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class GeneRules:
+    """What decides which columns are genes.
+
+    Args:
+        labels: columns of the labels.
+        keep: columns that stay genes whatever else they look like; ("all",) keeps every column.
+    """
+
+    labels: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    def by_name(self, source: str, corner: str, columns: Sequence[str]) -> dict[str, str]:
+        """Columns that are no genes by their names, before their cells are looked at, each with the reason.
+
+        Args:
+            source: how messages name the table.
+            corner: its column of ids, for messages.
+            columns: its other columns.
+
+        Raises:
+            InputError: a column is named like a label, one that is to be kept is missing, or none is a gene.
+        """
+        if self.keep == (ALL,):
+            return {}
+        keep = set(self.keep)
+        self._check_kept(source, columns)
+        labels = {_squeezed(label): label for label in self.labels}
+        left_out = {}
+        for name in columns:
+            if name in keep:
+                continue
+            if (label := labels.get(_squeezed(name))) is not None:
+                raise InputError(
+                    f"{source}: expected genes, got a column {name!r} named like the label {label!r}; remove it, or "
+                    f"keep it as a gene on purpose with --omics-columns {name!r}"
+                )
+            if is_clinical(name) and name != "case_id":
+                left_out[name] = CLINICAL_NAME
+        if left_out and len(left_out) == len(set(columns)):
+            raise no_genes(source, corner, left_out)
+        return left_out
+
+    def by_value(self, table: pd.DataFrame) -> dict[str, str]:
+        """Columns that are no expression by their values, each with the reason; see the rules of this module.
+
+        Args:
+            table: cases × genes, finite.
+        """
+        return self._but_kept(unlike_expression(table)) if len(table) >= LEAST_CASES else {}
+
+    def by_label(self, table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
+        """Columns that are the label in other words, each with the reason; see `label_copies`."""
+        return self._but_kept(label_copies(table, classes))
+
+    def _but_kept(self, left_out: Mapping[str, str]) -> dict[str, str]:
+        return {name: reason for name, reason in left_out.items() if self.keep != (ALL,) and name not in self.keep}
+
+    def _check_kept(self, source: str, columns: Sequence[str]) -> None:
+        for name in sorted(set(self.keep) - set(columns)):
+            near = difflib.get_close_matches(name, [c for c in columns if is_clinical(c)] or columns[:1000], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "check --omics-columns"
+            raise InputError(f"{source}: expected a column {name!r}, as --omics-columns names it, got none; {hint}")
+
+
+def no_genes(source: str, corner: str, left_out: Mapping[str, str]) -> InputError:
+    """The error of a table in which no column is a gene."""
+    return InputError(
+        f"{source}: expected a column for each gene, got {corner!r} and columns that are no genes "
+        f"({', '.join(list(left_out)[:6])}); add genes, or keep these with --omics-columns"
+    )
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+def unlike_expression(table: pd.DataFrame) -> dict[str, str]:
+    """Columns whose values are not like those of the others: rules 2 and 3."""
+    values = table.to_numpy()
+    extremes = zip(*((v.min(0), v.max(0), (v == np.rint(v)).all(0)) for v in _blocks(values)), strict=True)
+    low, high, whole = (np.concatenate(parts) for parts in extremes)
+    few = _few_integers(values, whole & (high > low))
+    left_out = dict.fromkeys(map(str, table.columns[few]), FEW_INTEGERS)
+    if not few.all():
+        others = table.loc[:, ~few] if few.any() else table
+        scale = _other_scale(others, low[~few].astype(np.float64), high[~few].astype(np.float64))
+        left_out |= dict.fromkeys(map(str, others.columns[scale]), OTHER_SCALE)
+    return left_out
+
+
+def _few_integers(values: npt.NDArray[Any], integers: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Rule 2; `integers` says which columns hold several integers and nothing else."""
+    few = np.zeros_like(integers)
+    if 2 * integers.sum() >= len(integers):
+        return few
+    for i in np.flatnonzero(integers):
+        counts = np.unique(values[:, i], return_counts=True)[1]
+        few[i] = len(counts) <= min(100, len(values) // 2) and counts.max() <= 0.8 * len(values)
+    return few & (few.sum() <= max(10, 0.05 * len(few)))
+
+
+def _other_scale(table: pd.DataFrame, low: Doubles, high: Doubles) -> npt.NDArray[np.bool_]:
+    """Rule 3, by the extremes of each column."""
+    if low.min() < 0:
+        size = np.concatenate([np.median(np.abs(part), axis=0) for part in _blocks(table.to_numpy())])
+        odd = size > 30 * np.median(size)
+    else:
+        odd = (high > COUNTS_ABOVE) & (high > 4 * np.median(high))
+    named = np.zeros_like(odd)
+    named[odd] = [_GENE_NAME.fullmatch(name) is not None for name in table.columns[odd]]
+    largest = high[~(odd & ~named)].max()
+    odd &= ~named
+    counts = low.min() >= 0 and largest > COUNTS_ABOVE  # of other columns too
+    return odd & (not counts and odd.sum() <= max(3, 0.005 * len(odd)) and 5 * odd.sum() < len(odd))
+
+
+def label_copies(table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
+    """Columns that are the label in other words: a correlation of more than `SAME` with it.
+
+    Of two classes it is Pearson's |r| with 0 and 1. Of more it is η, the root of the share of a column's variance that
+    is between classes, which finds the classes in any coding. Those with fewer than `LEAST_CASES` cases don't take
+    part, and without two others nothing is found.
+
+    Args:
+        table: cases × genes.
+        classes: (cases,) class of each, -1 where unknown.
+    """
+    label = np.asarray(classes)
+    found, counts = np.unique(label[label >= 0], return_counts=True)
+    found = found[counts >= LEAST_CASES]
+    if len(found) < 2:
+        return {}
+    rows = np.isin(label, found)
+    member = (label[rows, None] == found).astype(np.float64)  # (cases, C)
+    copies: list[npt.NDArray[np.bool_]] = []
+    for part in _blocks(table.to_numpy()):
+        centred = part[rows].astype(np.float64)
+        centred -= centred.mean(0)
+        between = ((member.T @ centred) ** 2 / member.sum(0)[:, None]).sum(0)
+        total = (centred**2).sum(0)
+        copies.append(between > SAME**2 * np.maximum(total, 1e-12))
+    return dict.fromkeys(map(str, table.columns[np.concatenate(copies)]), LABEL_COPY)
+
+
+def _blocks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    """The columns, some at a time."""
+    step = max(1, _BLOCK // max(1, len(values)))
+    for start in range(0, values.shape[1], step):
+        yield values[:, start : start + step]
+
+
+# -- notes -----------------------------------------------------------------------------------------------------------
+
+
+def left_out_note(left_out: Mapping[str, str], limit: int = 6) -> str:
+    """One line that names the columns, by reason."""
+    parts = []
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+        parts.append(f"{', '.join(names[:limit])}{more} ({reason})")
+    columns = "1 column that is no gene" if len(left_out) == 1 else f"{len(left_out)} columns that are no genes"
+    return f"left out {columns}: {'; '.join(parts)}; --omics-columns keeps what is named there"
