@@ -27,7 +27,7 @@ from momkd.data.classes import LabelOptions
 from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.genes import OmicsTransform
 from momkd.data.lock import LOCK, locked
-from momkd.data.omics import Omics, read_omics
+from momkd.data.omics import Omics, case_classes, read_omics
 from momkd.data.prefetch import DeviceCache
 from momkd.data.splits import Split, check_parts, check_splits, match_splits, read_splits
 from momkd.data.tables import Labels, read_labels
@@ -101,9 +101,7 @@ def read_inputs(
     slides = [slide for slide in table.table.index if slide in used]
     profiles = None
     if omics is not None and config.model.kind != "abmil":
-        profiles = read_omics(omics, label=table.name, keep=omics_columns)
-        first = table.table.loc[slides].drop_duplicates("case_id").set_index("case_id")["label"]
-        profiles = profiles.without_label(first.to_dict())
+        profiles = read_omics(omics, label=table.name, keep=omics_columns).without_label(case_classes(table, slides))
         for note in profiles.notes:
             reporter.note(note)
         if config.omics.share < 1:
@@ -175,9 +173,9 @@ def train_run(
             builds them anew each run.
         label_options: which of two classes is positive, what is missing, which cases there are: see `LabelOptions`.
         reporter: told how it goes, on rank 0.
-        omics_columns: columns of `omics` that are genes though they look like clinical metadata or like the label: names
-            with commas between them, a file with one a line, "all", or a sequence of names. Others are left out, see
-            `momkd.data.gene_columns`.
+        omics_columns: columns of `omics` that are genes though they look like clinical metadata or like the label:
+            names with commas between them, a file with one a line, "all", or a sequence of names. Others are left out,
+            see `momkd.data.gene_columns`.
 
     Raises:
         InputError: anything wrong with the input, in one line.
@@ -209,6 +207,8 @@ def train_run(
                 for text in check_parts(fold, inputs.splits[fold], inputs.labels, inputs.usable(), str(splits)):
                     reporter.note(text)
             names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
+            if inputs.omics is not None and inputs.omics.rules.keep:
+                names["omics_columns"] = ",".join(inputs.omics.rules.keep)
             info = _describe(inputs, chosen, names)
         with _opened(Path(out), config, info, resume, reporter) as run:
             kept = None if inputs.cohort is None else device_cache(config.train, where)  # of all folds: the same slides

@@ -293,7 +293,7 @@ def study(
             bar.update(task, completed=done, total=total)
             say(f"{done}/{total} {name}")
 
-        run_study(planned, jobs=jobs, device=device, report=told)
+        run_study(planned, jobs=jobs, device=device, report=told, note=note)
     results = study_results(planned, bootstrap=bootstrap)
     report = write_study_report(planned, results)
     for name in planned.cohort.tasks:

@@ -5,8 +5,9 @@ A column is left out, by these rules in this order, unless the user keeps it:
 1. Its name is a clinical one: `CLINICAL` and `_CLINICAL_PATTERN`, in any case, with any of `_`, `-`, `.` and space
    between the words. Its cells may be text or empty.
 2. It holds few distinct integers (at most 100, and at most half as many as cases) where most columns hold fractions,
-   as codes and years do. A gene that is 0 in more than 80 % of the cases stays, and so does a table in
-   which such columns are common (over 10 and over 5 %): that is how its assay counts.
+   as codes and years do. A column with one value in more than 80 % of the cases stays, as a
+   silent gene does; so does one of mostly 0 in a table of log2(counts + 1), and all where such columns are common (over
+   10 and over 5 %): that is how the assay counts.
 3. Its scale is another than that of the rest: where logarithms or small values (at most 50) are the rule, a maximum
    above 50 and 4 times the usual one; where values are negative too, a median of |x| 30 times the usual one. Where such
    columns are common (over 3 and over 0.5 %) the table holds counts, whose genes differ by orders of magnitude, and all
@@ -35,7 +36,8 @@ from momkd.errors import InputError
 ALL = "all"  # keeps every column
 COUNTS_ABOVE = 50.0  # log2 of any count stays below, z-scores and other differences have negative values
 SAME = 0.98  # correlation with the label from which on a column is taken for the label
-LEAST_CASES = 10  # of a class, so that no gene reaches that correlation by chance
+_OF_CLASS, _IN_ALL = 5, 20  # cases, so that no gene reaches that correlation by chance
+LEAST_CASES = 10  # whose values can be told apart from those of metadata
 
 _WORDS = """
     age sex gender race ethnicity menopause bmi weight height smoker smoking packyears isfemale ismale
@@ -209,12 +211,14 @@ def unlike_expression(table: pd.DataFrame) -> dict[str, str]:
 def _few_integers(values: npt.NDArray[Any], integers: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Rule 2; `integers` says which columns hold several integers and nothing else."""
     few = np.zeros_like(integers)
-    if 2 * integers.sum() >= len(integers):
+    if 2 * integers.sum() >= len(integers) or not integers.any():
         return few
+    log_counts = np.concatenate([np.isclose(v, np.log2(3), atol=1e-4).any(0) for v in _blocks(values)]).mean() > 0.05
     for i in np.flatnonzero(integers):
-        counts = np.unique(values[:, i], return_counts=True)[1]
-        few[i] = len(counts) <= min(100, len(values) // 2) and counts.max() <= 0.8 * len(values)
-    return few & (few.sum() <= max(10, 0.05 * len(few)))
+        found, counts = np.unique(values[:, i], return_counts=True)
+        silent = counts.max() > 0.8 * len(values) or (log_counts and found[counts.argmax()] == 0)
+        few[i] = len(found) <= min(100, len(values) // 2) and not silent
+    return few if few.sum() <= max(10, 0.05 * len(few)) else np.zeros_like(few)
 
 
 def _other_scale(table: pd.DataFrame, low: Doubles, high: Doubles) -> npt.NDArray[np.bool_]:
@@ -229,15 +233,16 @@ def _other_scale(table: pd.DataFrame, low: Doubles, high: Doubles) -> npt.NDArra
     largest = high[~(odd & ~named)].max()
     odd &= ~named
     counts = low.min() >= 0 and largest > COUNTS_ABOVE  # of other columns too
-    return odd & (not counts and odd.sum() <= max(3, 0.005 * len(odd)) and 5 * odd.sum() < len(odd))
+    common = odd.sum() > max(3, 0.005 * len(odd)) or 5 * odd.sum() >= len(odd)
+    return np.zeros_like(odd) if counts or common else odd
 
 
 def label_copies(table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
     """Columns that are the label in other words: a correlation of more than `SAME` with it.
 
     Of two classes it is Pearson's |r| with 0 and 1. Of more it is η, the root of the share of a column's variance that
-    is between classes, which finds the classes in any coding. Those with fewer than `LEAST_CASES` cases don't take
-    part, and without two others nothing is found.
+    is between classes, which finds the classes in any coding. Those with fewer than 5 cases don't take part;
+    nothing is found without two others, and 20 cases in all.
 
     Args:
         table: cases × genes.
@@ -245,10 +250,10 @@ def label_copies(table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
     """
     label = np.asarray(classes)
     found, counts = np.unique(label[label >= 0], return_counts=True)
-    found = found[counts >= LEAST_CASES]
-    if len(found) < 2:
-        return {}
+    found = found[counts >= _OF_CLASS]
     rows = np.isin(label, found)
+    if len(found) < 2 or rows.sum() < _IN_ALL:
+        return {}
     member = (label[rows, None] == found).astype(np.float64)  # (cases, C)
     copies: list[npt.NDArray[np.bool_]] = []
     for part in _blocks(table.to_numpy()):

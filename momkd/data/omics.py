@@ -16,6 +16,7 @@ from momkd.data.gene_columns import GeneRules, kept_columns, left_out_note, no_g
 from momkd.data.genes import looks_like_counts
 from momkd.data.omics_text import EXPECTED, Floats, Profiles, no_number, read_text_profiles
 from momkd.data.raw import one_line, open_raw
+from momkd.data.tables import Labels
 from momkd.data.text import is_unnamed
 from momkd.errors import InputError
 
@@ -64,8 +65,9 @@ class Omics:
         """Leave out the columns that are the label in other words; see `momkd.data.gene_columns.label_copies`.
 
         Args:
-            labels: the class of each case, -1 where unknown; of all cases of a run. They decide together, once for all
-                folds, and only ever take columns away, so that nothing is learned from the cases of a test part.
+            labels: the class of each case, -1 where unknown, of all cases of a run: see `case_classes`. They decide
+                together, once for all folds, and only ever take columns away, so that nothing is learned from the cases
+                of a test part.
         """
         known = [case for case in labels if case in self.table.index]
         classes = np.array([labels[case] for case in known], np.int64)
@@ -80,6 +82,13 @@ class Omics:
             raise no_genes(self.source, "case_id", everything)
         table = self.table.loc[:, kept]
         return replace(self, table=table, left_out=everything, counts=looks_like_counts(table))
+
+
+def case_classes(labels: Labels, slides: Sequence[str] | None = None) -> dict[str, int]:
+    """Return the class of each labelled case, that of its first slide; of some slides, or of all."""
+    table = labels.table if slides is None else labels.table.loc[list(slides)]
+    known = table[table["label"] >= 0].drop_duplicates("case_id")
+    return dict(zip(known["case_id"], known["label"].tolist(), strict=True))
 
 
 def read_omics(

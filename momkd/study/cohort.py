@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from momkd.data.atomic import make_folder, write_csv
-from momkd.data.omics import read_omics
+from momkd.data.omics import case_classes, read_omics
+from momkd.data.tables import MISSING, read_labels
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
@@ -31,6 +34,7 @@ class StudyCohort:
         external_features, external_labels: of other hospitals, with the same columns of labels.
         instances: CSV of slide_id, row and type, the truth about patches, and the type that attention should find; the
             attention of every arm is then compared with it.
+        omics_columns: columns of `omics` that stay genes, as for `train_run`.
         note: what data these are; it stands over every table.
     """
 
@@ -42,7 +46,19 @@ class StudyCohort:
     external_features: Path | None = None
     external_labels: Path | None = None
     instances: tuple[Path, str] | None = None
+    omics_columns: str | None = None
     note: str = REAL
+
+    def omics_notes(self) -> list[str]:
+        """Reads the expression for all tasks, before anything is trained, and returns what a user should know of it."""
+        if self.omics is None:
+            return []
+        profiles = read_omics(self.omics, label=self.tasks, keep=self.omics_columns)
+        notes = profiles.notes
+        for task in self.tasks:
+            without = profiles.without_label(case_classes(read_labels(self.labels, label=task)))
+            notes += [f"{task}: {note}" for note in without.notes if note not in notes]
+        return notes
 
 
 def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
@@ -64,17 +80,29 @@ def simulated_cohort(out: Path, dials: dict[str, Any]) -> StudyCohort:
 
 
 def semisynthetic_cohort(
-    out: Path, omics: Path, labels: Path, tasks: Sequence[str], dials: dict[str, Any], *, site: str | None = None
+    out: Path,
+    omics: Path,
+    labels: Path,
+    tasks: Sequence[str],
+    dials: dict[str, Any],
+    *,
+    site: str | None = None,
+    omics_columns: str | None = None,
 ) -> StudyCohort:
     """Slides simulated into `out` from the expression that is given, unless they are there; the labels are real."""
     table = read_text_table(labels, ["case_id", *tasks, *([site] if site else [])]).set_index("case_id")
     if repeated := table.index[table.index.duplicated()].tolist():
         raise InputError(f"{labels}: expected a row for each case_id, got {repeated[0]!r} again; remove one")
-    profiles = read_omics(omics)
+    profiles = read_omics(omics, label=tasks, keep=omics_columns)
+    for task in tasks:
+        codes = pd.factorize(table[task].where(~table[task].isin(MISSING)))[0]
+        profiles = profiles.without_label(dict(zip(table.index, codes.tolist(), strict=True)))
     config = SimulationConfig(**{"programs": semi.PROGRAMS, **dials})
     if not _is_there(out, config, semi.fingerprint(profiles, table, site)):
         semi.simulate_slides(out, profiles, table, config, site=site)
-    return StudyCohort(out / "features", out / "labels.csv", tuple(tasks), omics, note=semi.NOTE)
+    return StudyCohort(
+        out / "features", out / "labels.csv", tuple(tasks), omics, omics_columns=omics_columns, note=semi.NOTE
+    )
 
 
 def _is_there(out: Path, config: SimulationConfig, source: str | None) -> bool:

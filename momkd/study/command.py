@@ -22,6 +22,7 @@ def study_of(
     labels: Path | None,
     tasks: Sequence[str],
     omics: Path | None,
+    omics_columns: str | None,
     splits: Path | None,
     external: tuple[Path | None, Path | None],
     held_out: str | None,
@@ -50,11 +51,13 @@ def study_of(
     if features is not None and labels is not None:
         named = tuple(tasks) or (read_labels(labels).name,)
         truth = None if instances is None or instance_type is None else (instances, instance_type)
-        cohort = StudyCohort(features, labels, named, omics, splits, *external, truth)
+        cohort = StudyCohort(features, labels, named, omics, splits, *external, truth, omics_columns)
     elif omics is not None and labels is not None:
         if not tasks:
             raise InputError("study: expected --label, the columns that are tasks, got none; name one or more")
-        cohort = semisynthetic_cohort(out / "cohort", omics, labels, tasks, turned, site=site)
+        cohort = semisynthetic_cohort(
+            out / "cohort", omics, labels, tasks, turned, site=site, omics_columns=omics_columns
+        )
     else:
         cohort = simulated_cohort(out / "cohort", turned)
     if held_out is not None:

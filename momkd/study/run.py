@@ -92,7 +92,12 @@ class Study:
 
 
 def run_study(
-    study: Study, *, jobs: int = 1, device: str | None = None, report: Callable[[str, int, int], None] | None = None
+    study: Study,
+    *,
+    jobs: int = 1,
+    device: str | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> None:
     """Trains and evaluates every cell that has not been; what was interrupted goes on where it stopped.
 
@@ -101,6 +106,7 @@ def run_study(
         jobs: processes at once; each takes its share of the cores.
         device: as for `train_run`.
         report: called after each cell with its name, the cells done and all of them.
+        note: called with what a user should know of the input, a line each.
 
     Raises:
         InputError: anything wrong with the input, of the first cell that finds it; finished cells are kept.
@@ -114,6 +120,10 @@ def run_study(
     cells = study.cells()
     left = [cell for cell in cells if not study.finished(cell)]
     done = len(cells) - len(left)
+    if any(cell.arm.omics for cell in left):
+        for line in study.cohort.omics_notes():
+            if note is not None:
+                note(line)
     for cell in _finished(study, left, jobs, device):
         done += 1
         if report is not None:
@@ -187,6 +197,7 @@ def _run_cell(study: Study, cell: Cell, device: str | None) -> None:
         config=arm.config(study.settings, cell.seed),
         label=cell.task,
         omics=cohort.omics if arm.omics else None,
+        omics_columns=cohort.omics_columns,
         resume=True,
         device=device,
     )

@@ -157,7 +157,10 @@ def test_wide_tables_take_time_by_their_cells(tmp_path: Path, genes: int, cases:
         ("case_id,A,B\na,,2\nb,1,high\n", ("case 'b', gene 'B': expected a number, got 'high'",)),
         ("case_id,A,B\na,1,None\n", ("case 'a', gene 'B': expected a number, got 'None'",)),
         ("case_id,A,B\na,1,True\nb,1,False\n", ("case 'a', gene 'B': expected a number, got 'True'",)),
-        ('case_id,A\na,"1,5"\n', ("case 'a', gene 'A': expected a number, got '1,5' (a decimal comma: write a point)",)),
+        (
+            'case_id,A\na,"1,5"\n',
+            ("case 'a', gene 'A': expected a number, got '1,5' (a decimal comma: write a point)",),
+        ),
         ("case_id;A;B\na;1,5;2.5\n", ("got '1,5' (a decimal comma: write a point)",)),
         ("case_id,A\na,1_000\n", ("case 'a', gene 'A': expected a number, got '1_000'",)),
         ("case_id,A\na,0x10\n", ("expected a number, got '0x10'",)),
