@@ -102,7 +102,7 @@ def test_the_option_of_the_commands(cohort: SimulatedCohort, tmp_path: Path, mon
         "study": ["--features", cohort.features, "--omics-columns", "copy,stages"],
     }
     for command, given in options.items():
-        with pytest.raises(InputError, match="expected a column 'stages', .* got none; did you mean 'Stage'"):
+        with pytest.raises(InputError, match=r"expected a column 'stages', .* got none; did you mean 'Stage'"):
             CliRunner().invoke(cli.app, [command, *map(str, files + given)], catch_exceptions=False)
     monkeypatch.setattr("momkd.experiment.evaluate_run", lambda run: None)
     run = train_run(
