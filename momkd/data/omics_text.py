@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from momkd.data.gene_columns import GeneRules
 from momkd.data.classes import MISSING
+from momkd.data.gene_columns import GeneRules
 from momkd.data.text import READ_ERRORS, has_decimal_comma, is_unnamed, open_text, sniff, unreadable
 from momkd.errors import InputError
 

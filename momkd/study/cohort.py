@@ -11,8 +11,9 @@ from typing import Any
 import pandas as pd
 
 from momkd.data.atomic import make_folder, write_csv
+from momkd.data.classes import MISSING
 from momkd.data.omics import case_classes, read_omics
-from momkd.data.tables import MISSING, read_labels
+from momkd.data.tables import Labels
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
@@ -49,15 +50,15 @@ class StudyCohort:
     omics_columns: str | None = None
     note: str = REAL
 
-    def omics_notes(self) -> list[str]:
+    def omics_notes(self, tasks: Sequence[Labels]) -> list[str]:
         """Reads the expression for all tasks, before anything is trained, and returns what a user should know of it."""
         if self.omics is None:
             return []
         profiles = read_omics(self.omics, label=self.tasks, keep=self.omics_columns)
         notes = profiles.notes
-        for task in self.tasks:
-            without = profiles.without_label(case_classes(read_labels(self.labels, label=task)))
-            notes += [f"{task}: {note}" for note in without.notes if note not in notes]
+        for labels in tasks:
+            without = profiles.without_label(case_classes(labels))
+            notes += [f"{labels.name}: {note}" for note in without.notes if note not in notes]
         return notes
 
 

@@ -113,15 +113,15 @@ def run_study(
     """
     make_folder(study.out)
     _check_same(study)
-    for task in study.cohort.tasks:
-        labels = read_labels(study.cohort.labels, label=task)
+    tasks = [read_labels(study.cohort.labels, label=task) for task in study.cohort.tasks]
+    for labels in tasks:
         for seed in range(study.seeds):
-            _make_splits(study, labels, task, seed)
+            _make_splits(study, labels, labels.name, seed)
     cells = study.cells()
     left = [cell for cell in cells if not study.finished(cell)]
     done = len(cells) - len(left)
     if any(cell.arm.omics for cell in left):
-        for line in study.cohort.omics_notes():
+        for line in study.cohort.omics_notes(tasks):
             if note is not None:
                 note(line)
     for cell in _finished(study, left, jobs, device):
