@@ -185,13 +185,14 @@ class Run:
         if self.config.model.kind == "omics":
             raise InputError(f"{self.folder}: expected a model of slides, got genomics alone; it can't predict slides")
         path, genes = self.fold(number) / "model.safetensors", None
+        source = path.parent if tower else path
         state, _ = _read_weights(path)
         if tower and (part := self.fold(number) / "genomics.safetensors").is_file():
             state |= _read_weights(part)[0]
             first = state.get(f"{_TOWER}encoder.encoder.0.weight")
             genes = None if first is None or first.ndim != 2 else first.shape[1]
         with torch.device("meta"):  # sizes that the file does not hold are refused before they take memory
-            check_tensors(build_model(self.config, self.info.in_features, self.num_classes, genes), state, str(path))
+            check_tensors(build_model(self.config, self.info.in_features, self.num_classes, genes), state, str(source))
         model = build_model(self.config, self.info.in_features, self.num_classes, genes)
         model.load_state_dict(state)
         return model.to(device).eval()
@@ -228,12 +229,13 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = dict(json.loads((file.metadata() or {}).get("momkd", "{}")))
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # of a damaged header, of several kinds
         raise InputError(
             f"{path}: expected a safetensors checkpoint, got a file that does not read ({one_line(error)}); "
             "copy it again or train again"
         ) from error
+    return check_state_dict(state, str(path)), facts
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

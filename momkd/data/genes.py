@@ -6,20 +6,22 @@ help of test cases make the results of a fold better than they are.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from sklearn.ensemble import GradientBoostingClassifier
 
+from momkd.data.own import Finite, fitted
 from momkd.data.raw import one_line
 from momkd.errors import InputError
 
 Doubles = npt.NDArray[np.float64]
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1.7e308)]
 
 SELECT = ("importance", "variance", "all")
 _COUNTS_ABOVE = 50.0  # log2 of any count stays below, z-scores and other differences have negative values
@@ -151,28 +153,25 @@ class OmicsTransform:
         Raises:
             InputError: naming `source` and the entry that is missing or malformed.
         """
-        if not isinstance(value, Mapping) or set(value) != {"genes", "mean", "std", "log", "clip"}:
-            came = ", ".join(map(repr, value)) if isinstance(value, Mapping) else type(value).__name__
-            raise InputError(f"{source}: expected genes, mean, std, log and clip, got {came or 'nothing'}")
-        genes, log, clip = value["genes"], value["log"], value["clip"]
-        if not isinstance(genes, list | tuple) or not genes or not all(isinstance(gene, str) for gene in genes):
-            raise InputError(f"{source}: genes: expected a list of names, got {_shown(genes)}")
-        if len(set(genes)) < len(genes):
-            raise InputError(f"{source}: genes: expected each once, got {len(genes) - len(set(genes))} again")
-        numbers = {}
-        for name in ("mean", "std"):
-            given = value[name]
-            if (
-                not isinstance(given, list | tuple)
-                or len(given) != len(genes)
-                or not all(_is_finite(x) and (name == "mean" or x > 0) for x in given)
-            ):
-                wanted = f"{len(genes)} finite numbers" + (" > 0" if name == "std" else "")
-                raise InputError(f"{source}: {name}: expected {wanted}, got {_shown(given)}")
-            numbers[name] = tuple(float(x) for x in given)
-        if not isinstance(log, bool) or not _is_finite(clip) or clip <= 0:
-            raise InputError(f"{source}: expected log true or false and clip > 0, got {log!r} and {clip!r}")
-        return cls(tuple(genes), numbers["mean"], numbers["std"], log, float(clip))
+        facts: _Facts = fitted(value, _Facts, source=source, remedy="train again")
+        return cls(tuple(facts.genes), tuple(facts.mean), tuple(facts.std), facts.log, facts.clip)
+
+
+class _Facts(msgspec.Struct, forbid_unknown_fields=True):
+    """genes.json."""
+
+    genes: Annotated[list[str], msgspec.Meta(min_length=1)]
+    mean: list[Finite]
+    std: list[_Positive]
+    log: bool
+    clip: _Positive
+
+    def __post_init__(self) -> None:
+        if len(set(self.genes)) < len(self.genes):
+            raise ValueError(f"genes: expected each once, got {len(self.genes) - len(set(self.genes))} again")
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) != len(self.genes):
+                raise ValueError(f"{name}: expected {len(self.genes)} numbers, one a gene, got {len(numbers)}")
 
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -255,15 +254,3 @@ def _values(table: pd.DataFrame, at: npt.NDArray[np.intp], log: bool) -> Doubles
     if log:
         values = np.log2(values + 1)
     return values
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _shown(value: object) -> str:
-    """What came, in a few words."""
-    if isinstance(value, list | tuple):
-        odd = [x for x in value if not isinstance(x, str) and not (_is_finite(x) and x > 0)]
-        return f"{len(value)} values" + (f", among them {odd[0]!r:.40}" if odd else "")
-    return f"{value!r:.40}"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from momkd.data.own import short
 from momkd.errors import InputError
 
 try:
@@ -96,7 +97,7 @@ def _read(handle: int) -> dict[str, Any]:
     text = os.read(handle, 4096)
     if not text:
         return {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(text), dict):
             return found
     return {"pid": "?", "host": "?"}
@@ -120,4 +121,5 @@ def _words(holder: dict[str, Any]) -> str:
     if not holder:
         return "another process"
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""
+    holder = {name: short(value).strip("'") for name, value in holder.items()}
     return f"process {holder.get('pid')} on {holder.get('host')}{job} since {holder.get('since', '?')}"

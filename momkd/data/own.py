@@ -99,12 +99,15 @@ def _explained(told: str, value: Any) -> str:
     field = f"{place}: " if place else ""
     if missing := re.match(r"Object missing required field `(.*)`", told):
         return f"{field}expected {missing[1]!r} in it, got none"
+    if unknown := re.match(r"Object contains unknown field `(.*)`", told):
+        return f"{field}expected no {unknown[1]!r} in it, got one"
+    told = re.sub(r"float` [<>]= -?1.7e\+308", "finite number`", told)
     expected, _, kind = told.replace("`", "").partition(", got ")
     if not expected.startswith("Expected "):  # of a check of the schema's own, which names its field
         return told
     for term, plain in (("object", "names with values"), ("array", "a list"), ("null", "nothing")):
         expected = re.sub(rf"\b{term}\b", plain, expected)
-    return f"{field}e{expected[1:]}, got {_came(value, place, kind)}"
+    return f"{field}e{expected[1:]}, got {kind or 'another' if place == 'a name' else _came(value, place, kind)}"
 
 
 def _came(value: Any, place: str, kind: str) -> str:
@@ -145,4 +148,4 @@ def _instance(kind: type, value: Any) -> Any:
     """For classes that msgspec doesn't know, such as tensors."""
     if isinstance(value, kind):
         return value
-    raise TypeError(f"Expected {kind.__name__}, got another")
+    raise TypeError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")

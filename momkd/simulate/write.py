@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 import momkd
 from momkd.data.atomic import write_json, write_text
 from momkd.data.folders import whole_folder
+from momkd.data.own import read_json
 from momkd.data.slides import write_trident
 from momkd.data.splits import make_splits, write_splits
 from momkd.data.tables import Labels
@@ -49,6 +51,18 @@ instances.csv    the truth about every patch: slide_id, row in the features, typ
 external/        the same from other hospitals, without splits (where it was asked for)
 simulation.json  the version of momkd and every dial; the same dials give the same cohort
 """
+
+
+class Mark(msgspec.Struct):
+    """simulation.json: every dial, and the digest of the tables that the slides were simulated from, if any."""
+
+    config: dict[str, int | float | str | bool]
+    source: str | None = msgspec.field(default=None, name="from")
+
+
+def read_mark(folder: Path) -> Mark:
+    """What a simulated cohort was made by. Raises InputError where its simulation.json is damaged."""
+    return read_json(folder / MARK, Mark, what="the dials of a simulation", remedy="simulate into another folder")
 
 
 @dataclass(frozen=True)

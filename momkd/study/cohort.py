@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
 from momkd.simulate import semisynthetic as semi
-from momkd.simulate.write import MARK
+from momkd.simulate.write import MARK, read_mark
 from momkd.simulate.write import NOTE as SIMULATED
 
 REAL = "Real slides and labels, as given."
@@ -111,13 +110,13 @@ def _is_there(out: Path, config: SimulationConfig, source: str | None) -> bool:
     mark = out / MARK
     if not mark.is_file():
         return False
-    told = json.loads(mark.read_text(encoding="utf-8"))
-    if told.get("from") != source:
+    told = read_mark(out)
+    if told.source != source:
         raise InputError(
             f"{out}: expected the expression, labels and --site that its slides were simulated from, got others; "
             "choose another --out or give the same"
         )
-    wanted, made = config.as_dict(), told["config"]
+    wanted, made = config.as_dict(), told.config
     if source is not None:
         del wanted["sites"]  # of real hospitals as many as there are
     if differing := [name for name in wanted if made.get(name) != wanted[name]]:

@@ -11,17 +11,18 @@ OUT/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from momkd import env
 from momkd.data.atomic import make_folder, write_csv, write_json
+from momkd.data.own import read_json, short
 from momkd.data.splits import make_splits, write_splits
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
@@ -33,6 +34,17 @@ from momkd.study.attention import attention_table
 from momkd.study.cohort import StudyCohort
 
 ATTENTION = "attention.csv"
+_REMEDY = "remove it to go on with the options of now, or choose another --out"
+
+
+class ArmFacts(TypedDict):
+    """What an arm's name means, in study.json."""
+
+    preset: str
+    settings: list[str]
+
+
+_Fact = str | int | float | bool | None | list[str] | dict[str, ArmFacts]
 
 
 @dataclass(frozen=True)
@@ -141,20 +153,23 @@ def _check_same(study: Study) -> None:
         "folds": study.folds,
         "settings": list(study.settings),
     }
-    arms = {arm.name: {"preset": arm.preset, "settings": list(arm.settings)} for arm in study.arms}
+    arms = {arm.name: ArmFacts(preset=arm.preset, settings=list(arm.settings)) for arm in study.arms}
     path = study.out / "study.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: before["arms"][name] for name in arms if name in before["arms"]}
+    if path.exists():
+        before = read_json(path, dict[str, _Fact], what="the description of a study", remedy=_REMEDY)
+        earlier = before.get("arms")
+        if not isinstance(earlier, dict):
+            raise InputError(f"{path}: expected 'arms' in it, got {short(earlier)}; {_REMEDY}")
+        known = {name: earlier[name] for name in arms if name in earlier}
         for name, old, new in [(n, before.get(n), facts[n]) for n in facts] + [
             (f"arm {n}", known[n], arms[n]) for n in known
         ]:
             if old != new:
                 raise InputError(
-                    f"{study.out}: expected a study with {name}={old} as it began, got {new}; go on with the same or "
-                    "choose another --out"
+                    f"{study.out}: expected a study with {name}={old!r:.160} as it began, got {new!r:.160}; go on "
+                    "with the same or choose another --out"
                 )
-        arms = {**before["arms"], **arms}
+        arms = {**earlier, **arms}
     write_json(path, {**facts, "arms": arms})
 
 
