@@ -35,6 +35,7 @@ def predict_run(
     device: str | None = None,
     graphs: Path | str | None = None,
     report: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """Predicts every slide of a folder with the models of all folds and averages their probabilities.
 
@@ -50,6 +51,7 @@ def predict_run(
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2.
         report: called with (slides done, slides).
+        note: called with each line on how features were read that a user should know.
 
     Returns:
         What was written to `out`, and the slides that were skipped with the reason.
@@ -63,6 +65,9 @@ def predict_run(
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
     cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
+    if note is not None:
+        for told in cohort.notes:
+            note(told)
     folder = None if attention is None else make_folder(attention)
     rows: list[dict[str, Any]] = []
     with closing(loader.batches(loader.once(), device=where)) as batches:
@@ -120,6 +125,5 @@ def _write_attention(
                 file["slots"].attrs["folds"] = list(folds)
             if coords is not None:
                 file.create_dataset("coords", data=coords)
-                size = attrs.get("patch_size_level0")
-                if size is not None:
-                    file["coords"].attrs["patch_size_level0"] = size
+                kept = ("patch_size_level0", "coords_unit")
+                file["coords"].attrs.update({name: attrs[name] for name in kept if name in attrs})

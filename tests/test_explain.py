@@ -35,6 +35,7 @@ from momkd.plots import plot_prototypes, plot_slots
 from momkd.predict import predict_run
 from momkd.runs import Run
 from momkd.simulate import SimulatedCohort
+from tests.command import momkd
 
 SMALL = [
     *("train.epochs=2", "model.hidden_features=32", "model.gate_features=8", "model.projection_features=8"),
@@ -589,6 +590,30 @@ def test_a_bad_slide_ends_it_or_is_skipped(run: Run, own_cohort: SimulatedCohort
     assert made.slides == 35
 
 
+def test_features_in_micrometres(run: Run, tmp_path: Path) -> None:
+    """As STAMP writes them. Every command says how they were read; --patch-size says what nobody else does."""
+    (tmp_path / "features").mkdir()
+    grid = np.stack(np.divmod(np.arange(20), 5), 1)
+    with h5py.File(tmp_path / "features" / "a.h5", "w") as file:
+        file["feats"], file["coords"] = np.random.default_rng(0).random((20, 16), np.float32), grid * 256.0
+        file.attrs.update({"unit": "um", "tile_size_um": 256.0})
+    noted = ("features were read from dataset 'feats'", "kept in hundredths of a µm")
+    for command in (
+        ("graph", tmp_path / "features", "--out", tmp_path / "graphs"),
+        ("pack", tmp_path / "features", "--out", tmp_path / "all.h5"),
+        ("predict", run.folder, "--features", tmp_path / "features", "--out", tmp_path / "p.csv"),
+        ("explain", run.folder, "--features", tmp_path / "features", "--out", tmp_path / "out"),
+    ):
+        done = momkd(*command)
+        assert done.code == 0, done.err
+        assert [sum(words in line for line in done.out.splitlines()) for words in noted] == [1, 1]
+    assert "1 of 1 slides: no GeoJSON and no thumbnails: their coordinates are not in level-0 pixels" in done.out
+    assert [path.name for path in (tmp_path / "out" / "maps").iterdir()] == ["a.png"]
+    made = explain_run(run, tmp_path / "all.h5", tmp_path / "out", options=Options(limit=1, patch_size=512))
+    corners = [each["geometry"]["coordinates"][0][0] for each in geojson(made, "a")]
+    assert {tuple(corner) for corner in corners} <= {(x * 512, y * 512) for x, y in grid.tolist()}
+
+
 def test_features_without_places(run: Run, tmp_path: Path) -> None:
     folder, rng = tmp_path / "features", np.random.default_rng(0)
     folder.mkdir()
@@ -600,6 +625,8 @@ def test_features_without_places(run: Run, tmp_path: Path) -> None:
     assert "No map: its features hold no coordinates." in text
     assert "No map: its features hold no patch_size_level0; give --patch-size." in text
     assert made.maps == 0
+    for reason in ("its features hold no coordinates.", "its features hold no patch_size_level0; give --patch-size."):
+        assert f"1 of 2 slides: No map: {reason}" in made.notes  # the terminal says it too
     near = table(made, "prototypes.csv")
     assert near.loc[near["slide_id"] == "placeless", ["x", "y"]].isna().all().all()
     made = explain_run(run, folder, tmp_path / "out", options=Options(patch_size=64))

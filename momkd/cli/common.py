@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,10 @@ OmicsColumns = Annotated[
 Omics = Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")]
 
 
-def say_skipped(skipped: dict[str, str]) -> None:
+def say_skipped(skipped: dict[str, str], notes: Sequence[str] = ()) -> None:
+    """Print what was found while slides were read, and which were left out."""
+    for told in notes:
+        note(told)
     for slide, reason in skipped.items():
         note(f"skipped {slide}: {reason}")
 

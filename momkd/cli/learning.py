@@ -143,6 +143,7 @@ def predict(
     from momkd.progress import progress_bar
     from momkd.runs import Run
 
+    notes: list[str] = []
     with progress_bar(OUT) as bar:
         task = bar.add_task("predict", total=None)
         table, skipped = predict_run(
@@ -155,8 +156,9 @@ def predict(
             device=device,
             graphs=graphs,
             report=lambda done, total: bar.update(task, completed=done, total=total),
+            note=notes.append,
         )
-    say_skipped(skipped)
+    say_skipped(skipped, notes)
     counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
     say(f"{len(table)} slides predicted ({counts}): {out}")
     if attention is not None:

@@ -77,7 +77,7 @@ def graph(
                 if not skip_bad:
                     raise
                 cohort.skipped[slide] = str(error)
-    say_skipped(cohort.skipped)
+    say_skipped(cohort.skipped, cohort.notes)
     made = len(cohort) - sum(slide in cohort.skipped for slide in cohort.paths)
     say(f"{made} graphs of {edges} edges: {out}")
 
@@ -128,7 +128,7 @@ def pack(
             )
         say(f"{checked} slides are as they were packed: {source}")
         return
-    say_skipped(made.skipped)
+    say_skipped(made.skipped, made.notes)
     size = f"{made.patches} patches, {made.nbytes / 1e6:,.1f} MB"
     say(f"{made.slides} slides packed ({size}): {out}")
 

@@ -252,6 +252,14 @@ class BagLoader:
             raise InputError(f"features: expected slides that can be read, got none of {len(self.slide_ids)}")
         return self._nothing
 
+    def _check_rows(self, slide: str, what: str, rows: int) -> None:
+        """A batch is planned by the sizes that slides had at first; the rows that are drawn are numbers below them."""
+        if rows != self.sizes[slide]:
+            raise InputError(
+                f"{slide}: expected {what} of {self.sizes[slide]} patches as before, got {rows}: its file was changed; "
+                "start again once nothing writes to it"
+            )
+
     def _joined(self, features: list[Tensor]) -> Bags:
         """One batch; page-locked, the rows are copied once, from where they lie into it."""
         if not self.pin:
@@ -273,11 +281,13 @@ class BagLoader:
         new = 0  # bytes
         if x is None and on_device is None:
             x = self.read(slide)
+            self._check_rows(slide, "features", len(x))
             on_device = None if cache is None else cache.keep(slide, x, pin=self.pin)
             x, new = (x, x.nbytes) if on_device is None else (None, 0)
         fresh = new > 0
         if self.graph is not None and drawn is None and edges is None:
             edges = self.graph(slide, None)
+            self._check_rows(slide, "coordinates", edges.num_nodes)
             new += edges.nbytes
         if new and self._held + new <= self.cache_bytes:
             if x is not None and fresh:

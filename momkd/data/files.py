@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -52,6 +53,39 @@ def regular_file(path: Path | str, expected: str, remedy: str = "check the path"
 def existing_folder(path: Path | str, expected: str, remedy: str = "check the path") -> Path:
     """Return the path, once a folder is there; see `regular_file`."""
     return _checked(path, "a folder", expected, remedy)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Return the handle of a file whose name anybody can guess, such as a lock: never what somebody put in its place.
+
+    A link is not followed, and a pipe, a device or a second name of another file is refused.
+
+    Args:
+        path: the file.
+        flags: of `os.open`, such as os.O_RDWR | os.O_CREAT.
+
+    Raises:
+        InputError: something else is there.
+        OSError: it cannot be opened.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    came = "a link"
+    try:
+        handle = os.open(path, flags | safe, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise
+        came = "a link" if error.errno != errno.ENXIO else kind_of(path)
+    else:
+        state = os.fstat(handle)
+        if stat.S_ISREG(state.st_mode) and state.st_nlink <= 1:
+            return handle
+        os.close(handle)
+        if stat.S_ISREG(state.st_mode) and state.st_nlink > 1:
+            came = "a second name of another file"
+        else:
+            came = kind_of(path)
+    raise InputError(f"{path}: expected a file that momkd made, got {came}; remove it")
 
 
 def _checked(path: Path | str, kind: str, expected: str, remedy: str) -> Path:

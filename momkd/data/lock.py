@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from momkd.data.files import open_own
 from momkd.data.own import short
 from momkd.errors import InputError
 
@@ -72,7 +73,7 @@ def _opened(path: Path) -> tuple[int, bool | None]:
     """The open file, and whether this process alone holds it; None where the system can't say."""
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = open_own(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise _unwritable(path, error) from error
         sure = _flocked(handle)

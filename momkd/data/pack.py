@@ -27,6 +27,7 @@ import torch
 
 from momkd.data.atomic import cannot_write, sync_folder
 from momkd.data.cohort import Cohort, open_cohort
+from momkd.data.files import kind_of, open_own
 from momkd.data.packed import (
     GRAPH,
     PARTS,
@@ -39,7 +40,7 @@ from momkd.data.packed import (
     layout,
     seal,
 )
-from momkd.data.raw import PACKED, Array, check_id
+from momkd.data.raw import PACKED, Array, check_id, locked_elsewhere
 from momkd.data.slides import Slide, read_slide
 from momkd.data.sources import SlideFiles, open_source
 from momkd.errors import InputError
@@ -403,11 +404,10 @@ class _Writer:
         return self.target.parent / f".{self.target.name}.journal"
 
     def __enter__(self) -> _Writer:
-        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._open()
         try:
-            _lock(self._file, self.partial)
             if self._resumed():
-                self._journal = self.journal.open("a", encoding="utf-8")
+                self._journal = self._open_journal(os.O_APPEND)
                 self._journal.write("\n")  # ends a line that a kill may have cut
             else:
                 self._begin()
@@ -415,6 +415,23 @@ class _Writer:
             self._close()
             raise
         return self
+
+    def _open(self) -> None:
+        """Opens and locks the partial file; one that another process has just finished is that no longer."""
+        while True:
+            self._file = open_own(self.partial, os.O_RDWR | os.O_CREAT)
+            try:
+                _lock(self._file, self.partial)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(self._file), self.partial.lstat()):
+                        return
+            except BaseException:
+                self._close()
+                raise
+            self._close()
+
+    def _open_journal(self, flags: int) -> TextIO:
+        return os.fdopen(open_own(self.journal, os.O_WRONLY | flags), "a", encoding="utf-8")
 
     def _begin(self) -> None:
         try:
@@ -427,7 +444,7 @@ class _Writer:
             for name, array in self.plan.small.items():
                 self._put(array, self.plan.places[name])
             os.fsync(self._file)
-            self._journal = self.journal.open("x", encoding="utf-8")
+            self._journal = self._open_journal(os.O_CREAT | os.O_EXCL)
             self._journal.write(json.dumps({"plan": self.plan.fingerprint}) + "\n")
             self._flush()
             sync_folder(self.target.parent)
@@ -438,7 +455,7 @@ class _Writer:
 
     def _resumed(self) -> bool:
         """Whether the journal tells of this plan; `done` is then what it says is done."""
-        lines = list(_lines(self.journal)) if self.journal.is_file() else []
+        lines = list(_lines(self.journal)) if kind_of(self.journal) == "a file" else []
         if not lines or not isinstance(lines[0], dict) or "plan" not in lines[0]:
             return False
         if lines[0]["plan"] != self.plan.fingerprint:
@@ -449,9 +466,8 @@ class _Writer:
         if os.fstat(self._file).st_size != self.plan.size:
             return False
         for line in lines[1:]:
-            slide = line.get("slide") if isinstance(line, dict) else None
-            if slide in self.plan.slides:
-                self.done[slide] = line
+            if _is_entry(line) and line["slide"] in self.plan.slides:
+                self.done[line["slide"]] = line
         return True
 
     def keep_unchanged(self, stamp: Callable[[str], list[int]]) -> None:
@@ -538,6 +554,19 @@ def _lines(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
+def _is_entry(line: Any) -> bool:
+    """Whether a line of a journal is one that `_Writer.write` makes."""
+    if not isinstance(line, dict) or set(line) != {"slide", "state", "checksums", "stamp"}:
+        return False
+    numbers = (line["state"], *(line["checksums"] if isinstance(line["checksums"], list) else ()))
+    return (
+        isinstance(line["slide"], str)
+        and len(numbers) == 1 + len(PARTS)
+        and all(type(number) is int and 0 <= number < 2**32 for number in numbers)
+        and line["state"] in (STORED, WITH_COORDS)
+    )
+
+
 def _reserve(file: int, size: int) -> None:
     """Sets the space aside, so that a disk that is too small is known at once."""
     if hasattr(os, "posix_fallocate"):
@@ -575,10 +604,14 @@ def _target(out: Path, features: Path, nested: bool) -> Path:
     inside = (target.parent, *target.parent.parents) if nested else (target.parent,)
     if Path(os.path.realpath(features)) in inside:
         raise InputError(f"{out}: expected a file outside {features}, where it would pass for a slide; choose another")
-    if target.exists():
+    if (came := kind_of(target)) != "nothing there":
+        if came != "a file":
+            raise InputError(f"{out}: expected a new file or a packed store to replace, got {came}; choose another")
         try:
             with h5py.File(target, "r") as file:
                 ours = is_packed(file)
+        except BlockingIOError as error:
+            raise InputError(locked_elsewhere(out)) from error
         except OSError:
             ours = False
         if not ours:

@@ -19,6 +19,7 @@ patches in all of width L:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -115,15 +116,17 @@ class PackedStore:
             self.close()
             raise
         self._checked: set[tuple[int, int]] = set()  # slide and part
+        self._stamp = _stamp(self._file)
 
     def _open(self) -> None:
         self._regions, self.neighbours = _regions(self.path, os.fstat(self._file).st_size)
         small = {name: self._map(name, 0, None) for name in (*SEALED, "seal") if name in self._regions}
         if seal(small) != int(small["seal"][0]):
             raise self._damaged("its header does not fit its checksum")
+        self._seal = seal(small)
         self._offsets, self._state, self._sums = (np.array(small[name]) for name in ("offsets", "state", "checksums"))
         self._starts = np.array(small["graph/starts"]) if "graph/starts" in small else None
-        self._attrs = small["attrs"]
+        self._attrs = np.array(small["attrs"])
         ends = [(self._offsets, self._regions["features"].shape[0])]
         if self._starts is not None:
             ends.append((self._starts, self._regions["graph/sources"].shape[0]))
@@ -185,6 +188,7 @@ class PackedStore:
         Raises:
             InputError: no such slide, another width, or bytes that are not those that were packed.
         """
+        self._check_unchanged()
         if width is not None and width != self.width:
             raise InputError(f"{self.path}: features: expected width {width}, got {self.width}; use another store")
         features = self._map("features", *self._rows(slide_id))
@@ -199,6 +203,7 @@ class PackedStore:
             yield features[first : first + rows]
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
+        self._check_unchanged()
         attrs = self._attrs_of(slide_id)
         if not self.has_coords(slide_id):
             return None, attrs
@@ -209,6 +214,7 @@ class PackedStore:
     def graph(self, slide_id: str, neighbours: int) -> Edges | None:
         if self._starts is None or self.neighbours != neighbours or not self.has_coords(slide_id):
             return None
+        self._check_unchanged()
         s, (first, last) = self._slide(slide_id), self._rows(slide_id)
         ranges = (first + s, last + s + 1), (int(self._starts[s]), int(self._starts[s + 1])), (first, last)
         lists = [self._map(name, *rows) for name, rows in zip(GRAPH, ranges, strict=True)]
@@ -282,6 +288,11 @@ class PackedStore:
         except OSError:  # too many maps or open files: a copy does as well
             return self._copy(at, size).view(region.dtype).reshape(shape)
 
+    def _copied(self, name: str) -> Array:
+        """A dataset, read and not mapped: what is mapped ends the process where the file has become shorter."""
+        at, shape, dtype = self._regions[name]
+        return self._copy(at, dtype.itemsize * int(np.prod(shape, dtype=np.int64))).view(dtype).reshape(shape)
+
     def _copy(self, at: int, size: int) -> Array:
         made = np.empty(size, np.uint8)
         done = 0
@@ -295,6 +306,20 @@ class PackedStore:
             made[done : done + len(got)] = np.frombuffer(got, np.uint8)
             done += len(got)
         return made
+
+    def _check_unchanged(self) -> None:
+        """Compares checksums anew where the file was written to since; a file that took its name does not matter."""
+        if (stamp := _stamp(self._file)) == self._stamp:
+            return
+        with contextlib.suppress(InputError):
+            small = {name: self._copied(name) for name in SEALED if name in self._regions}
+            if seal(small) == self._seal:
+                self._stamp, self._checked = stamp, set()
+                return
+        raise InputError(
+            f"{self.path}: expected the packed store that was opened, got one that was overwritten since; start again "
+            "once nothing writes to it"
+        )
 
     def _verify(self, slide_id: str, part: str, *arrays: Array) -> bool:
         """Raises where the bytes are not those that were packed; False where nothing was left to check."""
@@ -311,6 +336,12 @@ class PackedStore:
 
     def _damaged(self, came: str) -> InputError:
         return InputError(f"{self.path}: expected a whole packed store, got {came}; {_AGAIN}")
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    """Size and time of modification of an open file."""
+    state = os.fstat(file)
+    return state.st_size, state.st_mtime_ns
 
 
 def checksum(*arrays: Array) -> int:

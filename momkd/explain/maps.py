@@ -56,15 +56,16 @@ def choose(table: pd.DataFrame, classes: Sequence[str], limit: int) -> list[int]
 def _map(view: View, slide: SlideView, folder: Path, ids: uuid.UUID) -> dict[str, Any]:
     """The map of a slide and its GeoJSON, or why there are none."""
     name, source = slide.slide_id, view.cohort.source
-    coords, attrs = source.coords(name)
+    coords, size, pixels = view.located(name)
     if coords is None:
         return {"missing": "No map: its features hold no coordinates."}
-    size = view.patch_size(name, attrs)
     if size is None:
         return {"missing": "No map: its features hold no patch_size_level0; give --patch-size."}
     path = folder / "maps" / check_id(name, source.name(name))
     picture, geojson = path.with_name(f"{path.name}.png"), path.with_name(f"{path.name}.geojson")
     plot_attention(coords, slide.attention, picture, patch_size=size)
+    if not pixels:  # QuPath would show it elsewhere
+        return {"map": picture}
     written = write_geojson(
         geojson,
         slide,

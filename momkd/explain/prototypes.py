@@ -82,14 +82,13 @@ def _locate(view: View, near: pd.DataFrame, images: SlideImages | None, folder: 
     without = []
     for name, rows in near.groupby("slide_id", sort=False):
         slide_id = str(name)
-        coords, attrs = view.cohort.source.coords(slide_id)
+        coords, size, pixels = view.located(slide_id)
         if coords is not None:
             near.loc[rows.index, ["x", "y"]] = coords[rows["row"]]
-        size = view.patch_size(slide_id, attrs)
         if images is None:
             continue
         cut: dict[int, str] = {}
-        if coords is not None and size is not None:
+        if coords is not None and size is not None and pixels:
             places = {int(str(number)): coords[row] for number, row in rows["row"].items()}
             cut = _cut(images, slide_id, places, size, folder)
         for number, path in cut.items():

@@ -14,6 +14,7 @@ Slots and prototypes are there where the model has a memory, thumbnails where im
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def explain_run(
     with whole_folder(out, name="an explanation", mark=_MARK, written=_WRITTEN, overwrite=True) as folder:
         cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
         view = View(run, fold, model, prototypes, cohort, loader, where, options)
-        view.notes.extend(_facts(view, features))
+        view.notes.extend((*_facts(view, features), *cohort.notes))
         known: dict[str, int] = {}
         if table is not None:
             matched = match_ids(cohort.paths, table.table.index)
@@ -131,6 +132,13 @@ def explain_run(
         if labels is not None and (seen.table["label"] < 0).all():
             raise InputError(f"{labels}: expected labels of the slides of {features}, got none; check slide_id")
         cards = map_slides(view, seen.table, folder, step)
+        reasons = Counter(card.missing for card in cards if card.map is None)
+        view.notes.extend(f"{number} of {len(cards)} slides: {reason}" for reason, number in reasons.items())
+        if afloat := sum(card.map is not None and card.geojson is None for card in cards):
+            view.notes.append(
+                f"{afloat} of {len(cards)} slides: no GeoJSON and no thumbnails: their coordinates are not in level-0 "
+                "pixels; give --patch-size."
+            )
         memory = None
         if seen.nearest is not None and seen.shares is not None:
             memory = show_memory(view, seen.table, seen.nearest, seen.shares, seen.pooled, pictures, folder)

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from momkd.explain.look import SlideView, look
 from momkd.models import MILModel
 from momkd.predict import threshold_of
 from momkd.runs import Run
+
+Coords = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,18 @@ class View:
             prototypes=self.prototypes,
             most=most,
         )
+
+    def located(self, slide_id: str) -> tuple[Coords | None, float | None, bool]:
+        """Coordinates (N, 2) and the side of a patch, as far as they are known, and whether they are level-0 pixels.
+
+        Raises:
+            InputError: a slide that cannot be used.
+        """
+        coords, attrs = self.cohort.source.coords(slide_id)
+        size, wanted, pixels = self.patch_size(slide_id, attrs), self.options.patch_size, "coords_unit" not in attrs
+        if coords is not None and size is not None and wanted is not None and not pixels:
+            return np.rint(coords * (wanted / size)).astype(np.int64), wanted, True
+        return coords, size, pixels
 
     def patch_size(self, slide_id: str, attrs: Mapping[str, Any]) -> float | None:
         """Side of a patch in level-0 pixels, or None where nobody says. Raises InputError where it is no number."""
