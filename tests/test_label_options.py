@@ -10,11 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
+from momkd.data import LabelOptions
 from momkd.data.cohort import open_cohort
 from momkd.data.pack import pack
 from momkd.runs import Run
 from momkd.simulate import SimulatedCohort
+from momkd.study import StudyCohort
+from momkd.study.labels import read_task, task_options
 from tests.command import Done, momkd, one_line
+from tests.data.conftest import refused
 
 QUICK = ["--preset", "abmil", "--set", "train.epochs=1", "--set", "model.hidden_features=8", "--device", "cpu"]
 
@@ -58,8 +62,8 @@ def test_splits_say_the_classes_and_take_every_option(tiny_cohort: SimulatedCoho
     assert "7 pos, 27 neg (the positive class)" in done.out
     for name in ("splits_0.csv", "splits_1.csv"):
         assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "t" / name).read_bytes()
-    refused = momkd("splits", labels, "--out", tmp_path / "u", "--positive", "HER2+", "--missing", "Unknown")
-    assert "--positive: expected a class that occurs, got 'HER2+'; it has 'neg', 'pos'" in one_line(refused)
+    done = momkd("splits", labels, "--out", tmp_path / "u", "--positive", "HER2+", "--missing", "Unknown")
+    assert "--positive: expected a class that occurs, got 'HER2+'; it has 'neg', 'pos'" in one_line(done)
     assert not (tmp_path / "u").exists()
     bare = tmp_path / "bare.csv"
     bare.write_text("slide_id,er\n" + "".join(f"TCGA-A1-A{i // 2:03}-{i % 2},{i // 2 % 2}\n" for i in range(24)))
@@ -85,8 +89,8 @@ def test_an_external_cohort_is_scored_on_the_label_of_the_run_alone(
     table.assign(EGFR=table["EGFR"].map({"0": "neg", "1": "pos"})).to_csv(other, index=False)
     for command in ("evaluate", "explain"):
         words = ["--out", tmp_path / "page"] if command == "explain" else []
-        refused = momkd(command, run, "--features", external.features, "--labels", other, "--device", "cpu", *words)
-        told = one_line(refused)
+        done = momkd(command, run, "--features", external.features, "--labels", other, "--device", "cpu", *words)
+        told = one_line(done)
         assert f"{other}: expected a column 'HER2', got" in told
         assert "'EGFR', 'site'; choose one with --label" in told
     done = momkd(
@@ -100,9 +104,9 @@ def test_an_external_cohort_is_scored_on_the_label_of_the_run_alone(
 def test_slides_of_the_runs_own_cohort_are_told(her2: tuple[Path, Path], tiny_cohort: SimulatedCohort) -> None:
     labels, run = her2
     words = ["evaluate", run, "--features", tiny_cohort.features, "--labels", labels, "--bootstrap", 0]
-    refused = one_line(momkd(*words))
-    assert "expected one of 'pos', 'neg', got 'Unknown'" in refused
-    assert "--missing Unknown" in refused
+    message = one_line(momkd(*words))
+    assert "expected one of 'pos', 'neg', got 'Unknown'" in message
+    assert "--missing Unknown" in message
     done = momkd(*words, "--missing", "Unknown")
     assert done.code == 0, done.err
     cases = pd.read_csv(labels)["case_id"].nunique()
@@ -150,8 +154,8 @@ def test_a_fold_that_cannot_be_learned_is_told_before_any_epoch(tiny_cohort: Sim
     one = pd.read_csv(splits / "splits_1.csv")
     one["train"] = pd.Series([slide for slide in one["train"].dropna() if labels[slide] == "0"])
     one.to_csv(splits / "splits_1.csv", index=False)
-    refused = one_line(train(tiny_cohort, tmp_path / "run", splits=splits))
-    assert "splits_1.csv: expected two or more classes in train, got only '0'" in refused
+    message = one_line(train(tiny_cohort, tmp_path / "run", splits=splits))
+    assert "splits_1.csv: expected two or more classes in train, got only '0'" in message
     assert not (tmp_path / "run").exists()
     one = pd.read_csv(splits / "splits_0.csv")
     one.assign(test=None).to_csv(splits / "splits_0.csv", index=False)
@@ -172,3 +176,63 @@ def test_counts_leave_out_slides_that_were_skipped(own_cohort: SimulatedCohort, 
     assert done.code == 0, done.err
     counts = {part: split[part].notna().sum() - (part == "train") for part in ("train", "val", "test")}
     assert f"on {', '.join(f'{count} {part}' for part, count in counts.items())} slides" in done.out
+
+
+def test_a_study_takes_the_options_and_keeps_to_them(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    labels = relabelled(tiny_cohort, tmp_path / "labels.csv")
+    table = pd.read_csv(labels, dtype=str)
+    table.assign(slide_id=table["slide_id"] + ".svs").to_csv(labels, index=False)
+    external = tiny_cohort.external
+    assert external is not None
+    outside = relabelled(external, tmp_path / "outside.csv")
+    words = ["study", "--out", tmp_path / "study", "--features", tiny_cohort.features, "--labels", labels]
+    words += ["--external-features", external.features, "--external-labels", outside, "--arms", "abmil", "--seeds", 1]
+    words += ["--folds", 2, "--bootstrap", 0, "--missing", "Unknown", *QUICK[2:]]
+    words += ["--instances", tiny_cohort.instances, "--instance-type", "tumour"]
+    done = momkd(*words, "--positive", "neg")
+    assert done.code == 0, done.err
+    assert "label HER2: 7 pos, 27 neg (the positive class), 2 missing" in done.out
+    assert f"{outside}: label HER2: " in done.out
+    run = Run(tmp_path / "study" / "runs" / "HER2" / "abmil" / "seed_0")
+    assert run.info.classes == ["pos", "neg"]
+    found = pd.read_csv(run.folder / "attention.csv")
+    assert len(found) > 0
+    assert found["slide_id"].str.endswith(".svs").all()
+    message = one_line(momkd(*words, "--positive", "pos"))
+    assert (
+        "expected the classes ['pos', 'neg'] as when it began, got ['neg', 'pos']; give the same --positive" in message
+    )
+    splits = tmp_path / "study" / "splits" / "HER2" / "seed_0"
+    before = {path.name: path.read_bytes() for path in splits.iterdir()}
+    (splits / "splits_1.csv").unlink()  # as if writing them had been interrupted
+    assert momkd(*words, "--positive", "neg").code == 0
+    assert {path.name: path.read_bytes() for path in splits.iterdir()} == before
+
+
+def test_options_of_several_labels_name_theirs() -> None:
+    options = task_options(["er", "pr"], classes=["er=b, a"], positive=["pr=x=y"], missing=["?"], case_from="tcga")
+    assert options == {
+        "er": LabelOptions(("b", "a"), None, ("?",), "tcga"),
+        "pr": LabelOptions(None, "x=y", ("?",), "tcga"),
+    }
+    assert task_options(["er"], positive=["a=b"])["er"].positive == "a=b"
+    with refused("--positive: expected LABEL=... for one of the labels er, pr, got 'x'; name the label"):
+        task_options(["er", "pr"], positive=["x"])
+    with refused("--classes: expected one value for 'er', got also 'er=b,c'; leave one out"):
+        task_options(["er"], classes=["a,b", "er=b,c"])
+
+
+def test_labels_of_a_study_tell_cases_of_both_cohorts(tmp_path: Path) -> None:
+    own, other = tmp_path / "own.csv", tmp_path / "other.csv"
+    own.write_text("slide_id,Patient,er\na,x,wt\nb,y,mut\n")
+    other.write_text("slide_id,Patient,er\nc,x,mut\nd,z,wt\nb.svs,u,mut\n")
+    told: list[str] = []
+    cohort = StudyCohort(tmp_path, own, ("er",), external_features=tmp_path, external_labels=other)
+    assert read_task(cohort, "er", told.append).classes == ("wt", "mut")
+    assert told[0] == "label er: 1 wt, 1 mut (the positive class)"
+    assert told[-1].startswith(
+        f"{other}: 1 of 3 slides and 2 of 3 cases have ids of the cohort that the run was trained"
+    )
+    other.write_text("slide_id,Patient,er\nc,x,MUT\nd,z,wt\n")
+    with refused(other, "line 2: column 'er': expected one of 'wt', 'mut', got 'MUT'"):
+        read_task(cohort, "er")

@@ -254,6 +254,15 @@ def study(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
     bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
     device: Device = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option("--classes", help="The classes in order, with commas; with several labels LABEL=A,B."),
+    ] = None,
+    positive: Annotated[
+        list[str] | None, typer.Option("--positive", help="The positive of two classes; with several labels LABEL=B.")
+    ] = None,
+    missing: Missing = None,
+    case_from: CaseFrom = None,
     list_: Annotated[bool, typer.Option("--list", help="Say what the arms are, and do nothing.")] = False,
 ) -> None:
     """Compare ways to learn from slides and genomics, by cross-validation over seeds, and write a report.
@@ -286,6 +295,10 @@ def study(
         seeds=seeds,
         folds=folds,
         settings=set_ or (),
+        classes=classes or (),
+        positive=positive or (),
+        missing=missing or (),
+        case_from=case_from,
     )
     say(planned.cohort.note, style="bold")
     with progress_bar(OUT) as bar:

@@ -6,9 +6,12 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from momkd.data.text import listed
 from momkd.errors import InputError
+
+T = TypeVar("T")
 
 # Names of columns, without spaces and signs and in any case.
 _SLIDE_COLUMNS = ("slideid", "slide", "slidename", "filename", "imageid", "image", "wsi", "wsiid")
@@ -107,6 +110,12 @@ def match_ids(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str]:
         for stem, names in asked.items()
         if len(names) == 1 and len(free.get(stem, ())) == 1 and free[stem][0] not in taken
     }
+
+
+def under_ids(values: Mapping[str, T], there: Iterable[str]) -> dict[str, T]:
+    """The values under the ids that are `there`, where theirs differ by endings; see `match_ids`."""
+    matched = match_ids(values, there)
+    return {matched.get(name, name): value for name, value in values.items()}
 
 
 def matched_note(source: str, matched: Collection[str], other: str) -> str:

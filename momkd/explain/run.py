@@ -28,7 +28,7 @@ from momkd.bootstrap import Floats
 from momkd.data.atomic import write_csv, write_json, write_text
 from momkd.data.classes import LabelOptions
 from momkd.data.folders import whole_folder
-from momkd.data.ids import match_ids, matched_note
+from momkd.data.ids import match_ids, matched_note, under_ids
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.explain.index import Content, Memory, SlideCard, index_html
@@ -163,7 +163,7 @@ def _see_all(view: View, known: Mapping[str, int], step: Callable[[], None]) -> 
         nearest, shares = NearestPatches(len(view.names), view.options.nearest), Shares(len(view.names))
     rows: list[dict[str, Any]] = []
     pooled: list[Floats] = []
-    part = _parts(view.run, view.fold)
+    part = under_ids(_parts(view.run, view.fold), view.cohort.paths)
     for slide in view.look(view.loader.once(), view.options.per_slide):
         name = slide.slide_id
         probs = {f"prob_{c}": p for c, p in zip(view.classes, slide.probs.tolist(), strict=True)}

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from momkd.data.ids import under_ids
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.inference import autocast, open_slides, pick_device
@@ -44,11 +45,13 @@ def attention_table(
     where = pick_device(device)
     _, loader = open_slides(run, features, where)
     place = {slide: n for n, slide in enumerate(loader.slide_ids)}
+    known_slides = under_ids(known_slides, place)
     rows = []
     for fold in run.info.folds:
         predicted = read_predictions(run.fold(fold) / PREDICTIONS)
         test = predicted[(predicted["part"] == "test") & (predicted["label"] == run.num_classes - 1)]
-        wanted = [slide for slide in test["slide_id"] if slide in known_slides]
+        name_of = under_ids({slide: slide for slide in test["slide_id"]}, place)  # that of the run
+        wanted = [slide for slide in name_of if slide in known_slides]
         model = run.load_model(fold, where)
         with closing(loader.batches([[place[slide]] for slide in wanted], device=where)) as batches:
             for batch in batches:
@@ -63,6 +66,6 @@ def attention_table(
                     )
                 auc = attention_auc(attention, (own["type"] == kind).to_numpy(np.int64))
                 if auc is not None:
-                    rows.append({"fold": fold, "slide_id": slide, "attention_auc": auc})
+                    rows.append({"fold": fold, "slide_id": name_of[slide], "attention_auc": auc})
     table: pd.DataFrame = pd.DataFrame(rows, columns=["fold", "slide_id", "attention_auc"])
     return table

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from momkd.data.atomic import make_folder, write_csv
-from momkd.data.classes import MISSING
+from momkd.data.classes import MISSING, LabelOptions
+from momkd.data.ids import case_column
 from momkd.data.omics import case_classes, read_omics
 from momkd.data.tables import Labels
-from momkd.data.text import read_text_table
+from momkd.data.text import listed, read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
 from momkd.simulate import semisynthetic as semi
@@ -36,6 +37,7 @@ class StudyCohort:
             attention of every arm is then compared with it.
         omics_columns: columns of `omics` that stay genes, as for `train_run`.
         note: what data these are; it stands over every table.
+        label_options: what the user says of the labels of each task.
     """
 
     features: Path
@@ -48,6 +50,15 @@ class StudyCohort:
     instances: tuple[Path, str] | None = None
     omics_columns: str | None = None
     note: str = REAL
+    label_options: Mapping[str, LabelOptions] = field(default_factory=dict)
+
+    def options(self, task: str) -> LabelOptions:
+        """What the user says of the labels of a task."""
+        return self.label_options.get(task, LabelOptions())
+
+    def external_options(self, task: str) -> LabelOptions:
+        """The same for the external cohort, whose classes are those of the task."""
+        return replace(self.options(task), classes=None, positive=None)
 
     def omics_notes(self, tasks: Sequence[Labels]) -> list[str]:
         """Reads the expression for all tasks, before anything is trained, and returns what a user should know of it."""
@@ -90,7 +101,11 @@ def semisynthetic_cohort(
     omics_columns: str | None = None,
 ) -> StudyCohort:
     """Slides simulated into `out` from the expression that is given, unless they are there; the labels are real."""
-    table = read_text_table(labels, ["case_id", *tasks, *([site] if site else [])]).set_index("case_id")
+    table = read_text_table(labels, [*tasks, *([site] if site else [])])
+    column = case_column(labels, list(table.columns), "", None, None)
+    if column is None:
+        raise InputError(f"{labels}: expected a column 'case_id', got {listed(list(table.columns))}; name another")
+    table = table.rename(columns={column: "case_id"}).set_index("case_id")
     if repeated := table.index[table.index.duplicated()].tolist():
         raise InputError(f"{labels}: expected a row for each case_id, got {repeated[0]!r} again; remove one")
     profiles = read_omics(omics, label=tasks, keep=omics_columns)

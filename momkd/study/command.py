@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from momkd.data.classes import LabelOptions
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig
 from momkd.study.arms import Arm
 from momkd.study.cohort import StudyCohort, hold_out, semisynthetic_cohort, simulated_cohort
+from momkd.study.labels import task_options
 from momkd.study.run import Study
 
 
@@ -33,6 +36,10 @@ def study_of(
     seeds: int,
     folds: int,
     settings: Sequence[str],
+    classes: Sequence[str] = (),
+    positive: Sequence[str] = (),
+    missing: Sequence[str] = (),
+    case_from: str | None = None,
 ) -> Study:
     """A study of the slides that are given, or of simulated ones, which are made here. Raises InputError."""
     if features is None and (labels is None) != (omics is None):
@@ -49,7 +56,7 @@ def study_of(
         raise InputError("study: expected --instances and --instance-type with --features, got some; give all or none")
     turned = _dials(dials)
     if features is not None and labels is not None:
-        named = tuple(tasks) or (read_labels(labels).name,)
+        named = tuple(tasks) or (read_labels(labels, options=LabelOptions(missing=tuple(missing))).name,)
         truth = None if instances is None or instance_type is None else (instances, instance_type)
         cohort = StudyCohort(features, labels, named, omics, splits, *external, truth, omics_columns)
     elif omics is not None and labels is not None:
@@ -60,6 +67,8 @@ def study_of(
         )
     else:
         cohort = simulated_cohort(out / "cohort", turned)
+    options = task_options(cohort.tasks, classes=classes, positive=positive, missing=missing, case_from=case_from)
+    cohort = replace(cohort, label_options=options)
     if held_out is not None:
         column, equals, value = held_out.partition("=")
         if not equals:

@@ -24,7 +24,7 @@ from momkd import env
 from momkd.data.atomic import make_folder, write_csv, write_json
 from momkd.data.own import read_json, short
 from momkd.data.splits import make_splits, write_splits
-from momkd.data.tables import Labels, read_labels
+from momkd.data.tables import Labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external
 from momkd.experiment import train_run
@@ -32,6 +32,7 @@ from momkd.runs import EXTERNAL, Run
 from momkd.study.arms import Arm
 from momkd.study.attention import attention_table
 from momkd.study.cohort import StudyCohort
+from momkd.study.labels import read_task
 
 ATTENTION = "attention.csv"
 _REMEDY = "remove it to go on with the options of now, or choose another --out"
@@ -125,8 +126,9 @@ def run_study(
     """
     make_folder(study.out)
     _check_same(study)
-    tasks = [read_labels(study.cohort.labels, label=task) for task in study.cohort.tasks]
+    tasks = [read_task(study.cohort, task, note) for task in study.cohort.tasks]
     for labels in tasks:
+        _check_classes(study, labels, labels.name)
         for seed in range(study.seeds):
             _make_splits(study, labels, labels.name, seed)
     cells = study.cells()
@@ -147,7 +149,7 @@ def _check_same(study: Study) -> None:
 
     Tasks, arms, seeds and the truth about patches may be added; what an arm's name means may not change.
     """
-    added = ("tasks", "instances")
+    added = ("tasks", "instances", "label_options")
     facts = {
         **{n: value and str(value) for n, value in vars(study.cohort).items() if n not in added},
         "folds": study.folds,
@@ -173,9 +175,23 @@ def _check_same(study: Study) -> None:
     write_json(path, {**facts, "arms": arms})
 
 
+def _check_classes(study: Study, labels: Labels, task: str) -> None:
+    """Cells that are there already have the classes of now, in the same order."""
+    for cell in study.cells():
+        if cell.task == task and (cell.folder / "run.json").is_file():
+            before = Run(cell.folder).info.classes
+            if before != list(labels.classes):
+                raise InputError(
+                    f"{cell.folder}: expected the classes {before} as when it began, got {list(labels.classes)}; give "
+                    "the same --positive, --classes and --missing, or choose another --out"
+                )
+
+
 def _make_splits(study: Study, labels: Labels, task: str, seed: int) -> None:
     folder = study.splits(task, seed)
-    if study.cohort.splits is None and not (folder / "splits_0.csv").is_file():
+    if study.cohort.splits is not None:
+        return
+    if not all((folder / f"splits_{fold}.csv").is_file() for fold in range(study.folds)):
         write_splits(folder, make_splits(labels, study.folds, seed))
 
 
@@ -213,12 +229,18 @@ def _run_cell(study: Study, cell: Cell, device: str | None) -> None:
         label=cell.task,
         omics=cohort.omics if arm.omics else None,
         omics_columns=cohort.omics_columns,
+        label_options=cohort.options(cell.task),
         resume=True,
         device=device,
     )
     if cohort.external_features is not None and cohort.external_labels is not None and arm.slides:
         evaluate_external(
-            Run(run.folder), cohort.external_features, cohort.external_labels, label=cell.task, device=device
+            Run(run.folder),
+            cohort.external_features,
+            cohort.external_labels,
+            label=cell.task,
+            device=device,
+            label_options=cohort.external_options(cell.task),
         )
     if cohort.instances is not None and arm.slides:
         write_csv(cell.folder / ATTENTION, attention_table(run, cohort.features, *cohort.instances, device=device))
