@@ -9,12 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from momkd.ties import tied
+
 METRICS = ("auc", "auprc", "f1", "balanced_accuracy", "accuracy")
+
+MOST_SAMPLES = 100_000  # beyond that, intervals change less than they can be read
 
 _CHUNK_ELEMENTS = 2_000_000  # weights held at once: 16 MB
 _REDRAW_ROUNDS = 100
@@ -42,6 +47,11 @@ class Rows:
     def complete(self) -> bool:
         """Every class occurs, so that every metric is defined."""
         return bool((self.counts > 0).all())
+
+    @cached_property
+    def scores(self) -> Floats:
+        """The probabilities by which rows are ranked, (n, C): those that differ by rounding alone are the same."""
+        return np.stack([tied(column) for column in self.probs.T], axis=1)
 
 
 def ranking_metrics(weights: Floats, positive: NDArray[np.bool_], scores: Floats) -> tuple[Floats, Floats]:
@@ -79,7 +89,7 @@ def weighted_metrics(weights: Floats, rows: Rows) -> dict[str, Floats]:
     """
     classes = rows.probs.shape[1]
     scored = range(1, 2) if classes == 2 else range(classes)  # binary: the second class is the positive one
-    ranked = [ranking_metrics(weights, rows.labels == c, rows.probs[:, c]) for c in scored]
+    ranked = [ranking_metrics(weights, rows.labels == c, rows.scores[:, c]) for c in scored]
     cells = np.eye(classes * classes)[rows.labels * classes + rows.predicted]  # (n, C * C)
     confusion = (weights @ cells).reshape(-1, classes, classes)  # (R, true, predicted)
     hits = np.diagonal(confusion, axis1=1, axis2=2)  # (R, C)

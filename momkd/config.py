@@ -17,6 +17,7 @@ from typing import Any
 from momkd.data.own import read_bytes, short
 from momkd.data.raw import one_line
 from momkd.errors import InputError
+from momkd.patients import RULES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -137,6 +138,7 @@ class TrainConfig:
     cache_gb: float = _number(4.0, 0, 1e6, "of features kept in memory between epochs")
     device_cache_gb: float = _number(0.0, 0, 1e6, "of features kept on the GPU instead, the first slides that fit")
     seed: int = _number(0, 0, 2**32 - 1, "of weights, order and dropout")
+    patients: str = _choice("mean", RULES, "how a patient's slides are joined, for metrics and predictions by patient")
 
 
 @dataclass(frozen=True)

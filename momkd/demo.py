@@ -159,7 +159,8 @@ def _figures(
         text = f"ROC curves on simulated slides, {words}: mean over folds, single folds thin."
         figures.append(ReportFigure(path, text, text))
     external = tables["MoMKD"][tables["MoMKD"]["part"] == "external"]
-    mean = external.groupby("slide_id")[[f"prob_{classes[1]}", "label"]].mean()
+    slides = external.groupby("slide_id")
+    mean = slides[[f"prob_{classes[1]}"]].mean().assign(label=slides["label"].first())
     for slide in mean.sort_values(f"prob_{classes[1]}", ascending=False).index[:_MAPS]:
         with h5py.File(attended / f"{slide}.h5") as file:
             coords, attention = file["coords"][:], file["attention"][:, 0]
@@ -167,7 +168,7 @@ def _figures(
         path = plot_attention(
             coords, attention, folder / f"attention_{slide}.png", patch_size=size, title=f"{slide}, simulated"
         )
-        p, label = mean.loc[slide, f"prob_{classes[1]}"], classes[int(mean.loc[slide, "label"])]
+        p, label = mean.loc[slide, f"prob_{classes[1]}"], mean.loc[slide, "label"]
         text = f"Attention of MoMKD on {slide}: probability of {classes[1]} {p:.2f}, label {label}."
         figures.append(ReportFigure(path, text, text))
     return figures

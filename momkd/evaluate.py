@@ -19,16 +19,22 @@ from momkd.data.ids import shared_note
 from momkd.data.splits import match_splits, read_splits
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
-from momkd.inference import device_cache, pick_device, probabilities
+from momkd.inference import device_cache, none_left, pick_device, probabilities
 from momkd.metrics import evaluate_predictions
 from momkd.plots import plot_roc, plot_training
+from momkd.predict import threshold_of
 from momkd.predictions import prediction_table, read_predictions
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.state import read_log
 
 
-def evaluate_run(run: Run, *, bootstrap: int = 1000) -> dict[str, Any]:
+def evaluate_run(run: Run, *, bootstrap: int = 1000, patients: str | None = None) -> dict[str, Any]:
     """Metrics of all predictions in the run's folder; writes metrics.json, roc.png and training.png.
+
+    Args:
+        run: a finished run.
+        bootstrap: resamples of patients for the intervals, up to 100,000.
+        patients: how a patient's slides are joined: "mean", "max" or "noisy-or"; None takes that of the run.
 
     Returns:
         What `momkd.metrics.evaluate_predictions` returns.
@@ -42,7 +48,8 @@ def evaluate_run(run: Run, *, bootstrap: int = 1000) -> dict[str, Any]:
     table = read_predictions(path)
     if (run.folder / EXTERNAL).is_file():
         table = pd.concat([table, read_predictions(run.folder / EXTERNAL)], ignore_index=True)
-    metrics = evaluate_predictions(table, run.info.classes, bootstrap=bootstrap, source=str(path))
+    rule = patients or run.config.train.patients
+    metrics = evaluate_predictions(table, run.info.classes, bootstrap=bootstrap, patients=rule, source=str(path))
     write_json(run.folder / "metrics.json", metrics)
     name = run.folder.resolve().name
     if any(fold["auc"] is not None for fold in metrics.get("folds", [])):
@@ -114,12 +121,20 @@ def evaluate_external(
     parts = []
     for fold in run.info.folds:
         read, probs, _ = probabilities(run.load_model(fold, where), loader, where, amp=options.amp)
-        parts.append(prediction_table(table.table, read, probs, run.info.classes, fold=fold, part="external"))
+        with distributed.together():
+            if not read:
+                raise none_left(f"{features}: fold {fold}", slides, cohort.skipped)
+        at: dict[str, Any] = {"fold": fold, "part": "external", "threshold": threshold_of(run, [fold])}
+        parts.append(prediction_table(table.table, read, probs, run.info.classes, **at))
     for found in distributed.gather(cohort.skipped):
         cohort.skipped.update(found)
     with distributed.together():
         if distributed.first():
-            write_csv(run.folder / EXTERNAL, pd.concat(parts, ignore_index=True))
+            predicted = pd.concat(parts, ignore_index=True)
+            every = predicted.groupby("slide_id")["fold"].transform("size") == len(parts)
+            if not every.any():
+                raise none_left(str(features), slides, cohort.skipped)
+            write_csv(run.folder / EXTERNAL, predicted[every])
     return cohort.skipped
 
 

@@ -33,8 +33,14 @@ from momkd.data.splits import Split, check_parts, check_splits, match_splits, re
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_run
-from momkd.inference import device_cache, pick_device, probabilities
-from momkd.predictions import prediction_table, read_predictions
+from momkd.inference import device_cache, none_left, pick_device, probabilities
+from momkd.predictions import (
+    check_predictions,
+    choose_thresholds,
+    prediction_table,
+    read_predictions,
+    with_predicted,
+)
 from momkd.runs import PREDICTIONS, Run, RunInfo, build_model
 from momkd.train import Progress, Trainer
 
@@ -362,10 +368,14 @@ def _train_fold(
     model = trainer.run()
     tables = []
     for part in ("val", "test"):
-        if len(loaders[part].slide_ids):
-            slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
+        slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
+        if slides:
             table = prediction_table(inputs.labels.table, slides, probs, run.info.classes, fold=fold, part=part)
             tables.append(table)
+        elif part == "test" and split.test:
+            reasons = {} if inputs.cohort is None else inputs.cohort.skipped
+            with distributed.together():
+                raise none_left(f"splits_{fold}.csv: test", split.test, reasons)
     if skipped is not None:
         for found in distributed.gather(skipped):
             skipped.update(found)
@@ -375,10 +385,17 @@ def _train_fold(
         if not tables:
             raise InputError(f"splits_{fold}.csv: expected slides in val or test to score, got none; make splits again")
         if distributed.first():
-            write_csv(folder / PREDICTIONS, pd.concat(tables, ignore_index=True))
+            write_csv(folder / PREDICTIONS, _decided(pd.concat(tables, ignore_index=True), run.info.classes))
             (folder / "state.pt").unlink(missing_ok=True)
     read = {part: sum(slide not in (skipped or ()) for slide in x.slide_ids) for part, x in loaders.items()}
     reporter.fold_ends(fold, pd.DataFrame(trainer.log), read)
+
+
+def _decided(table: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
+    """The predictions of a fold with the class that its threshold decides on."""
+    checked = check_predictions(table, classes)
+    thresholds = choose_thresholds(checked, classes, [])
+    return with_predicted(table, classes, next(iter(thresholds.values()), 0.5))
 
 
 def _shared_genes(inputs: Inputs, split: Split, config: Config, folder: Path) -> OmicsTransform | None:

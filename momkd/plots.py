@@ -29,6 +29,7 @@ from momkd.data.atomic import atomic_write
 from momkd.errors import InputError
 from momkd.metrics import evaluate_predictions
 from momkd.predictions import check_predictions
+from momkd.ties import tied
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -81,9 +82,13 @@ def plot_roc(
     kind = "one against the rest, mean over classes" if len(classes) > 2 else f"positive: {_plain(classes[1])}"
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="False positive rate", ylabel=f"True positive rate ({kind})")
-    axes.set_title(_plain(title) if title else f"ROC, {part} slides", loc="left")
+    axes.set_title(_plain(textwrap.fill(title or _roc_title(part, classes), 60)), loc="left")
     figure.legend(loc="outside lower center", frameon=False, title="AUC, mean over folds (95 % interval)", fontsize=9)
     return _save(figure, path)
+
+
+def _roc_title(part: str, classes: Sequence[str]) -> str:
+    return f"ROC, {part} slides" + (f", positive class {classes[1]}" if len(classes) == 2 else "")
 
 
 def plot_attention(
@@ -331,7 +336,7 @@ def plot_prototypes(
 
 def percentile_rank(values: ArrayLike) -> Floats:
     """(N,) ranks in 0..1: the share of values below each, half of its equals counted; the only one has 0.5."""
-    ranks: Floats = np.asarray(rankdata(values, method="average"), dtype=np.float64)
+    ranks: Floats = np.asarray(rankdata(tied(values), method="average"), dtype=np.float64)
     return (ranks - 0.5) / max(1, len(ranks))
 
 
@@ -381,7 +386,8 @@ def _roc_folds(predictions: pd.DataFrame, classes: Sequence[str], part: str, nam
     for _, rows in table.groupby("fold"):
         if rows["label"].nunique() < len(classes):
             continue
-        each = [roc_curve(rows["label"] == c, rows[f"prob_{classes[c]}"], drop_intermediate=False) for c in scored]
+        scores = {c: tied(rows[f"prob_{classes[c]}"]) for c in scored}
+        each = [roc_curve(rows["label"] == c, scores[c], drop_intermediate=False) for c in scored]
         curve = np.mean([np.interp(grid, fpr, tpr) for fpr, tpr, _ in each], axis=0)
         curves.append(np.concatenate([[0.0], curve[1:]]))  # interp takes the top of the step at 0
     if not curves:

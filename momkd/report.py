@@ -54,6 +54,8 @@ class ReportFigure(NamedTuple):
 def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
     """What `evaluate_predictions` returned, as a table: metrics down, parts across, then the AUC of every fold.
 
+    Where patients have several slides, there are two such blocks, by slide and by patient.
+
     Args:
         metrics: the dict of metrics.json.
         title: above the table.
@@ -63,14 +65,35 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
     table.add_column("Metric", no_wrap=True)
     for part in parts:
         table.add_column(_PARTS[part])
-    for metric, name in _NAMES.items():
-        table.add_row(name, *(estimate_text(metrics[part][metric]) for part in parts))
-    table.add_section()
-    keys = {"test": "folds", "external": "external_folds"}
-    folds = {part: {entry["fold"]: entry for entry in metrics.get(key, [])} for part, key in keys.items()}
-    for fold in sorted(folds["test"].keys() | folds["external"].keys()):
-        table.add_row(f"AUC, fold {fold}", *(_fold_auc(folds.get(part, {}), fold) for part in parts))
+    levels = {"by slide": metrics, "by patient": metrics["by_patient"]} if _by_patient(metrics) else {"": metrics}
+    for level, values in levels.items():
+        end = level and f", {level}"
+        for metric, name in _NAMES.items():
+            table.add_row(name + end, *(estimate_text(values.get(part, {}).get(metric)) for part in parts))
+        table.add_section()
+        keys = {"test": "folds", "external": "external_folds"}
+        folds = {part: {entry["fold"]: entry for entry in values.get(key, [])} for part, key in keys.items()}
+        for fold in sorted(folds["test"].keys() | folds["external"].keys()):
+            table.add_row(f"AUC, fold {fold}{end}", *(_fold_auc(folds.get(part, {}), fold) for part in parts))
+        table.add_section()
     return table
+
+
+def _by_patient(metrics: Mapping[str, Any]) -> bool:
+    """Whether metrics by patient say something that those by slide do not."""
+    return not metrics.get("by_patient", {"one_slide_each": True})["one_slide_each"]
+
+
+def _facts(metrics: Mapping[str, Any]) -> list[str]:
+    """What the numbers are of: the positive class, and the patients."""
+    classes, told = metrics.get("classes", []), []
+    if len(classes) == 2:
+        told.append(f"Positive class: {classes[1]}.")
+    if _by_patient(metrics):
+        told.append(f"By patient: {metrics['by_patient']['rule']} of the probabilities of its slides.")
+    elif "by_patient" in metrics:
+        told.append("Every patient has one slide: metrics by slide and by patient are the same.")
+    return told
 
 
 def comparison_table(
@@ -135,7 +158,8 @@ def write_report(
             raise InputError(f"{figure.path}: expected a .png or .svg figure for the report, got none; plot it first")
     head, body = _comparison(comparison, differences or {}, baseline)
     remarks = [f"{arm}: {remark}" for arm, metrics in comparison.items() for remark in metrics.get("notes", [])]
-    parts = _Content(title, note, list(paragraphs), head, body, _footnote(comparison), remarks)
+    footnote = " ".join(filter(None, (_common_facts(comparison), _footnote(comparison))))
+    parts = _Content(title, note, list(paragraphs), head, body, footnote, remarks)
     write_text(
         folder / "report.md",
         _markdown(parts, [(_beside(f.path, folder, i), f) for i, f in enumerate(figures, start=1)]),
@@ -163,7 +187,7 @@ def _fold_auc(folds: Mapping[int, dict[str, Any]], fold: int) -> str:
 
 def _caption(metrics: Mapping[str, Any]) -> Text:
     unlabelled = {part: count for part, count in metrics.get("unlabelled", {}).items() if count}
-    lines = [_footnote({"": metrics}), *metrics.get("notes", [])]
+    lines = [" ".join(_facts(metrics)), _footnote({"": metrics}), *metrics.get("notes", [])]
     lines += [f"{count} {part} rows have no label and are left out" for part, count in unlabelled.items()]
     return Text("\n".join(line for line in lines if line))
 
@@ -175,6 +199,12 @@ def _footnote(comparison: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     samples, level = told.pop()
     return f"In brackets: {100 * level:g} % intervals from {samples} resamples of patients." if samples else ""
+
+
+def _common_facts(comparison: Mapping[str, Mapping[str, Any]]) -> str:
+    """The facts that all arms share."""
+    lists = [_facts(metrics) for metrics in comparison.values()]
+    return " ".join(fact for fact in (lists[0] if lists else []) if all(fact in facts for facts in lists))
 
 
 def _comparison(
@@ -189,17 +219,33 @@ def _comparison(
     if differences:
         columns.append(("difference", "auc", f"AUC minus that of {baseline or next(iter(metrics))}"))
     columns += [("external", "auc", "External AUC"), ("test", "auprc", "Test AUPRC")]
+    if any(map(_by_patient, metrics.values())):  # the difference is of slides
+        columns = [(part, metric, f"{name} by slide") for part, metric, name in columns]
+        columns += [
+            ("by_patient test", "auc", "Test AUC by patient"),
+            ("by_patient external", "auc", "External AUC by patient"),
+        ]
     head, cells = ["Arm"], [[name] for name in metrics]
     for part, metric, name in columns:
         if part == "difference":
             texts = [estimate_text(differences.get(arm), sign=True) for arm in metrics]
-        elif any(part in m for m in metrics.values()):
-            texts = [estimate_text(m.get(part, {}).get(metric)) for m in metrics.values()]
+        elif any(_part(m, part) for m in metrics.values()):
+            texts = [estimate_text(_part(m, part).get(metric)) for m in metrics.values()]
         else:
             continue
         head.append(name)
         cells = [[*row, text] for row, text in zip(cells, texts, strict=True)]
     return head, cells
+
+
+def _part(metrics: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """The metrics of a part: "test", or by patient "by_patient test". Empty where there are none."""
+    *level, name = part.split()
+    values = metrics.get("by_patient", {}) if level else metrics
+    if level and not _by_patient(metrics):
+        values = metrics  # one slide each
+    found: Mapping[str, Any] = values.get(name, {})
+    return found
 
 
 def _beside(path: Path, folder: Path, number: int) -> str:

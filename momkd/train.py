@@ -30,15 +30,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from momkd import distributed, functional
 from momkd.config import Config
+from momkd.data.allocation import TRAINING, memory_for
 from momkd.data.atomic import write_csv
 from momkd.data.batch import Batch
 from momkd.data.batches import BagLoader
 from momkd.errors import InputError
-from momkd.inference import autocast, own_batches, probabilities
+from momkd.inference import LARGE, autocast, own_batches, probabilities
 from momkd.models import MemoryRows, MILModel, TrainingStep
 from momkd.models.reservoir import Reservoir
 from momkd.runs import save_model, write_torch
 from momkd.state import load_state
+from momkd.ties import tied
 
 _TIE = 1e-10  # of the loss, under any step of an AUC: small validation parts tie often, and the lower loss is better
 _RESUMED = ("epoch", "best", "waited", "log", "kept")
@@ -158,7 +160,8 @@ class Trainer:
         with contextlib.closing(self._shares(plan, seed)) as shares:
             for step, (batch, slides, patches) in enumerate(shares, start=1):
                 moving = len(taken) + 1 == options.accumulate or step == len(plan)
-                with contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                room = memory_for(batch.slide_ids, batch.bags.num_rows, "train on", TRAINING, self.device)
+                with room, contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
                     with autocast(self.device, options.amp):
                         made = self.parallel(batch)
                     terms, told = self._over_ranks(made)
@@ -185,15 +188,22 @@ class Trainer:
         means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
         with distributed.together():
             if not means or not all(np.isfinite(mean) for mean in means.values()):
-                told_ = (
-                    f"{means} in epoch {self.epoch}; lower train.learning_rate"
-                    if means
-                    else "no slide that can be read"
-                )
+                told_ = f"{means} in epoch {self.epoch}; {self._remedy()}" if means else "no slide that can be read"
                 raise InputError(f"training: expected finite losses, got {told_}")
         seconds = time.perf_counter() - began
         rate = float(self.optimizer.param_groups[0]["lr"])
         return {**means, "learning_rate": rate, "patches_per_second": seen / seconds}
+
+    def _remedy(self) -> str:
+        """What to do where a loss is not finite: the slide of the largest features, if no encoder makes such."""
+        largest, slide = 0.0, ""
+        with contextlib.closing(self.training.batches([[row] for row in range(len(self.training.slide_ids))])) as each:
+            for batch in each:
+                top = float(batch.bags.features.abs().max()) if batch.bags.num_rows else 0.0
+                largest, slide = max((largest, slide), (top, batch.slide_ids[0]))
+        if largest > LARGE:
+            return f"slide {slide!r} has features up to {largest:.2g}: extract them again or leave it out"
+        return "lower train.learning_rate"
 
     def _shares(
         self, plan: Sequence[Sequence[int]], seed: tuple[int, int]
@@ -319,7 +329,8 @@ class Trainer:
             return {**undefined, "val_loss": loss}
         truth = np.eye(probs.shape[1], dtype=np.int64)[labels]
         binary = probs.shape[1] == 2
-        auc = roc_auc_score(labels, probs[:, 1]) if binary else roc_auc_score(truth, probs, average="macro")
+        scores = np.stack([tied(column) for column in probs.T], axis=1)
+        auc = roc_auc_score(labels, scores[:, 1]) if binary else roc_auc_score(truth, scores, average="macro")
         return {"val_loss": loss, "val_auc": float(auc)}
 
     def _judge(self, auc: float, loss: float) -> None:

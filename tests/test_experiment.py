@@ -44,6 +44,9 @@ QUICK = [
 ]
 
 
+COLUMNS = ["slide_id", "case_id", "label", "fold", "part", "prob_0", "prob_1", "predicted"]
+
+
 def config(preset: str = "fast", *settings: str) -> Config:
     return Config.preset(preset).with_settings([*QUICK, *settings])
 
@@ -68,6 +71,7 @@ def test_a_run_holds_what_its_docstring_says(trained: Run, tiny_cohort: Simulate
     top = {"config.toml", "run.json", "predictions.csv", "metrics.json", "roc.png", "training.png"}
     assert files == top | {f"fold_{k}/{name}" for k in (0, 1) for name in fold}
     table = pd.read_csv(trained.folder / "predictions.csv")
+    assert list(table.columns) == COLUMNS
     labels = pd.read_csv(tiny_cohort.labels)
     tested = table[table["part"] == "test"]
     assert sorted(tested["slide_id"]) == sorted(labels["slide_id"])  # each slide once
@@ -104,7 +108,7 @@ def test_predicting_needs_no_genomics(trained: Run, tiny_cohort: SimulatedCohort
     assert not model.training
 
     written = pd.read_csv(tmp_path / "out.csv")
-    assert list(written.columns) == ["slide_id", "prob_0", "prob_1", "predicted"]
+    assert list(written.columns) == COLUMNS
     assert sorted(written["slide_id"]) == sorted(p.stem for p in features.glob("*.h5"))
     np.testing.assert_allclose(written["prob_0"] + written["prob_1"], 1, atol=1e-9)
     for slide in written["slide_id"]:

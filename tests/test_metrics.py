@@ -21,7 +21,7 @@ from momkd import bootstrap as bootstrap_module
 from momkd.bootstrap import METRICS, PatientBootstrap, Rows, ranking_metrics, weighted_metrics
 from momkd.errors import InputError
 from momkd.metrics import attention_auc, evaluate_predictions, mean_attention_auc, paired_difference
-from momkd.predictions import read_predictions, youden_threshold
+from momkd.predictions import check_predictions, read_predictions, youden_threshold
 
 CLASSES = ("neg", "pos")
 
@@ -128,7 +128,8 @@ def test_three_classes_are_macro_one_vs_rest() -> None:
         ([], [], None),
         ([1, 0], [0.2, 0.4], None),  # worse than chance
         ([0, 1], [0.4, 0.4], None),
-        ([0, 1], [0.5, np.nextafter(0.5, 1)], np.nextafter(0.5, 1)),  # no number lies between
+        ([0, 1], [0.5, np.nextafter(0.5, 1)], None),  # equal but for rounding
+        ([0, 0, 1], [0.5, 0.5000002, 0.500001], 0.5000006),  # above all of the lower group
     ],
 )
 def test_youden_threshold(labels: list[int], scores: list[float], want: float | None) -> None:
@@ -400,9 +401,11 @@ def _with(column: str, value: object) -> pd.DataFrame:
         (_with("prob_pos", float("nan")), "prob_pos: expected a probability within 0..1, got nan"),
         (_with("prob_pos", "high"), "prob_pos: expected a probability within 0..1, got high"),
         (_with("prob_pos", 0.5), "sum to 1, got 1.1"),
-        (_with("label", 2), r"label: expected -1\.\.1, got 2"),
-        (_with("label", None), "label: expected an integer, got None"),
-        (_with("label", 0.5), "label: expected an integer, got 0.5"),
+        (_with("label", 2), "label: expected one of the classes 'neg', 'pos', or nothing, got 2; check the classes"),
+        (_with("label", "Pos"), "label: expected one of the classes 'neg', 'pos', or nothing, got Pos"),
+        (_with("label", 0.5), "label: expected one of the classes 'neg', 'pos', or nothing, got 0.5"),
+        (_with("fold", 0.5), "fold: expected a whole number, got 0.5"),
+        (_with("fold", 1e300), "fold: expected a whole number, got 1e"),
         (_with("part", "train"), "part: expected val, test or external, got train"),
         (_with("case_id", None), "case_id: expected an id"),
         (_with("slide_id", "s0-test-0"), "one row a fold and part, got s0-test-0"),
@@ -431,6 +434,55 @@ def test_input_is_not_changed_and_extra_columns_are_allowed() -> None:
     pd.testing.assert_frame_equal(table, before)
 
 
+def test_labels_are_names_of_classes() -> None:
+    """Numbers stand for classes only where they cannot be taken for names."""
+    numbers = small()
+    got = evaluate_predictions(numbers, CLASSES, bootstrap=0)
+    for labels in (
+        numbers["label"].map({0: "neg", 1: "pos", -1: ""}),
+        numbers["label"].map({0: "neg", 1: "pos"}),  # NaN
+        numbers["label"].astype(float),
+        numbers["label"].astype(str),
+    ):
+        assert evaluate_predictions(numbers.assign(label=labels), CLASSES, bootstrap=0) == got
+    renamed = numbers.rename(columns={"prob_neg": "prob_1", "prob_pos": "prob_2"})
+    one_two = renamed.assign(label=numbers["label"].map({0: 1, 1: 2}))
+    assert evaluate_predictions(one_two, ("1", "2"), bootstrap=0)["test"] == got["test"]
+    assert evaluate_predictions(one_two, ("1", "2"), bootstrap=0)["folds"][0]["auc"] == 0.75
+    with pytest.raises(InputError, match="label: expected one of the classes '1', '2', or nothing, got 0"):
+        evaluate_predictions(renamed, ("1", "2"))
+    signs = numbers.rename(columns={"prob_neg": "prob_-1", "prob_pos": "prob_1"})
+    signs = signs.assign(label=numbers["label"].map({0: -1, 1: 1}))
+    assert evaluate_predictions(signs, ("-1", "1"), bootstrap=0)["test"] == got["test"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide_id,case_id,label,fold,part\na,b,c,0,test\n", "got no column 'prob_<class>'"),
+        ("slide_id,case_id,fold,part,prob_a\na,b,0,test,1\n", "expected a column 'label', got"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,0.5,test,1\n", "row 1, fold: expected a whole number, got"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,1e400,test,1\n", "row 1, fold: expected a whole number"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,0,test,1\na,b,c,0,test,\n", "row 2, prob_a: .* got ''"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,0,test,inf\n", "row 1, prob_a: expected a finite number"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,0,test,high\n", "row 1, prob_a: expected a finite number"),
+        ("slide_id,case_id,label,fold,part,prob_a\na,b,c,0,test,1,2\n", "line 2: expected 6 cells, got 7"),
+        ("", "expected a header and rows, got an empty file"),
+        ('a,b\n"1,2\n', "expected a CSV table of predictions, got"),
+    ],
+)
+def test_predictions_that_are_none(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        check_predictions(read_predictions(tmp_path / "p.csv"), ("a", "b"))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_resamples_are_refused() -> None:
+    with pytest.raises(InputError, match="expected 0 to 100000 samples"):
+        evaluate_predictions(small(), CLASSES, bootstrap=10**8)
+
+
 def test_predictions_read_back_from_csv_score_the_same(tmp_path) -> None:
     table = noisy()
     table["slide_id"] = ["NA", *(f"{i:04d}" for i in range(1, len(table)))]
@@ -439,11 +491,6 @@ def test_predictions_read_back_from_csv_score_the_same(tmp_path) -> None:
     back = read_predictions(tmp_path / "predictions.csv")
     assert back["slide_id"].iloc[3] == "0003"
     assert evaluate_predictions(back, CLASSES, bootstrap=50) == evaluate_predictions(table, CLASSES, bootstrap=50)
-    for text in ("", 'a,b\n"1,2\n'):
-        (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(InputError, match=r"bad.csv: expected a CSV table") as caught:
-            read_predictions(tmp_path / "bad.csv")
-        assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"none.csv"):
         read_predictions(tmp_path / "none.csv")
 

@@ -80,13 +80,17 @@ def test_results_are_those_of_the_predictions(finished: Study) -> None:
         ("omics", "test")
     }
     for arm, file, part in [("mse", "predictions.csv", "test"), ("k3", "predictions_external.csv", "external")]:
-        aucs = []
+        aucs, by_slide = [], []
         for seed in range(2):
             table = pd.read_csv(finished.out / "runs" / "label" / arm / f"seed_{seed}" / file)
             for _, rows in table[table["part"] == part].groupby("fold"):
-                aucs.append(roc_auc_score(rows["label"], rows["prob_1"]))
+                by_slide.append(roc_auc_score(rows["label"], rows["prob_1"]))
+                patients = rows.groupby("case_id")[["label", "prob_1"]].mean()
+                aucs.append(roc_auc_score(patients["label"], patients["prob_1"]))
         row = results.loc[(arm, part)]
         assert row["auc"] == pytest.approx(np.mean(aucs))
+        assert row["auc_by_slide"] == pytest.approx(np.mean(by_slide))
+        assert row["rule"] == "mean"
         assert row["auc_low"] <= row["auc"] <= row["auc_high"]
         assert row["folds"] == 4
         difference = results.loc[("momkd", part), "auc"] - row["auc"]
@@ -128,13 +132,16 @@ def test_the_report_says_what_the_data_are(finished: Study, tmp_path: Path) -> N
     page = write_study_report(finished, results).read_text()
     markdown = (finished.out / "report.md").read_text()
     for text in (page, markdown):
+        assert "Metrics are by patient (mean of the probabilities of its slides), but for the AUC by slide." in text
+        assert "patients, positive class 1" in text
         assert "Tiny and simulated." in text
         assert ARMS["abmil"].title in text
         assert f"{results['auc'].iloc[0]:.3f}" in text
     assert "http:" not in page
     assert "https:" not in page
     assert page.count('<img src="data:image/png;base64,') == 2
-    pd.testing.assert_frame_equal(pd.read_csv(finished.out / "results.csv"), results, check_dtype=False)
+    written = pd.read_csv(finished.out / "results.csv", dtype={"positive": str})
+    pd.testing.assert_frame_equal(written, results, check_dtype=False)
 
 
 def test_attention_is_compared_with_the_truth(finished: Study, tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ OmicsColumns = Annotated[
         "them, a file with one a line, or all.",
     ),
 ]
+Patients = Annotated[
+    str | None,
+    typer.Option("--patients", help="How a patient's slides are joined: mean, max or noisy-or; else as in training."),
+]
+Bootstrap = Annotated[
+    int, typer.Option("--bootstrap", min=0, max=100_000, help="Resamples of patients for the intervals.")
+]
 Omics = Annotated[Path | None, typer.Option("--omics", help="Table of cases x genes: CSV, Parquet, .npy.")]
 
 

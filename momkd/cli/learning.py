@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from momkd.cli.common import (
+    Bootstrap,
     CaseFrom,
     Classes,
     Device,
@@ -18,6 +19,7 @@ from momkd.cli.common import (
     Missing,
     Omics,
     OmicsColumns,
+    Patients,
     Positive,
     SkipBad,
     SomeFeatures,
@@ -48,6 +50,7 @@ def train(
     ] = "fast",
     config: Annotated[Path | None, typer.Option("--config", help="TOML with options over the preset.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value over it; may be repeated.")] = None,
+    patients: Patients = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out was interrupted.")] = False,
     skip_bad: SkipBad = False,
     allow_leaks: Annotated[bool, typer.Option("--allow-leaks", help="Allow a case in two parts of a split.")] = False,
@@ -67,7 +70,7 @@ def train(
     chosen = Config.preset(preset)
     if config is not None:
         chosen = read_config(config, base=chosen)
-    chosen = chosen.with_settings(set_ or [])
+    chosen = chosen.with_settings([*(set_ or []), *([] if patients is None else [f"train.patients={patients}"])])
     reporter = ConsoleReporter(OUT)
     with distributed.started(), contextlib.closing(reporter):
         run = train_run(
@@ -98,7 +101,8 @@ def evaluate(
     features: SomeFeatures = None,
     labels: Annotated[Path | None, typer.Option("--labels", help="CSV of an external cohort's labels.")] = None,
     label: Label = None,
-    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
+    bootstrap: Bootstrap = 1000,
+    patients: Patients = None,
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
@@ -121,7 +125,7 @@ def evaluate(
             skipped = evaluate_external(opened, features, labels, **options)
         if distributed.first():
             say_skipped(skipped)
-            evaluate_run(opened, bootstrap=bootstrap)
+            evaluate_run(opened, bootstrap=bootstrap, patients=patients)
             _show_metrics(run)
 
 
@@ -134,6 +138,12 @@ def predict(
         Path | None, typer.Option("--attention", help="Folder for attention and prototypes of each patch, HDF5.")
     ] = None,
     fold: Annotated[list[int] | None, typer.Option("--fold", help="Use this fold's model; may be repeated.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option("--cases", help="CSV of slide_id and case_id; else each slide is a case.")
+    ] = None,
+    case_from: CaseFrom = None,
+    out_patients: Annotated[Path | None, typer.Option("--out-patients", help="CSV to write, a row a patient.")] = None,
+    patients: Patients = None,
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
@@ -151,6 +161,10 @@ def predict(
             features,
             out,
             attention=attention,
+            cases=cases,
+            case_from=case_from,
+            out_patients=out_patients,
+            patients=patients,
             folds=fold,
             skip_bad=skip_bad,
             device=device,
@@ -161,6 +175,8 @@ def predict(
     say_skipped(skipped, notes)
     counts = ", ".join(f"{count} {name}" for name, count in table["predicted"].value_counts().items())
     say(f"{len(table)} slides predicted ({counts}): {out}")
+    if out_patients is not None:
+        say(f"{table['case_id'].nunique()} patients: {out_patients}")
     if attention is not None:
         say(f"attention of each patch: {attention}")
 
@@ -252,7 +268,8 @@ def study(
     folds: Annotated[int, typer.Option("--folds", min=2, help="Of the splits that are made.")] = 5,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value for every arm.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
-    bootstrap: Annotated[int, typer.Option("--bootstrap", min=0, help="Resamples of patients.")] = 1000,
+    bootstrap: Bootstrap = 1000,
+    patients: Patients = None,
     device: Device = None,
     classes: Annotated[
         list[str] | None,
@@ -309,7 +326,7 @@ def study(
             say(f"{done}/{total} {name}")
 
         run_study(planned, jobs=jobs, device=device, report=told, note=note)
-    results = study_results(planned, bootstrap=bootstrap)
+    results = study_results(planned, bootstrap=bootstrap, patients=patients or "mean")
     report = write_study_report(planned, results)
     for name in planned.cohort.tasks:
         show(study_table(results, name))

@@ -32,6 +32,9 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name",
 }
 
+_FORMULA = re.compile(r"'*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20].")  # what spreadsheets run, full-width forms too
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
@@ -114,9 +117,37 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_csv(path: Path | str, table: pd.DataFrame, *, index: bool = False) -> None:
-    """Writes a table as CSV, whole or not at all; missing cells are empty."""
+    """Writes a table as CSV, whole or not at all; missing cells are empty.
+
+    Texts that a spreadsheet would run as a formula stand behind an apostrophe; see `spreadsheet_cell`.
+    """
+    safe = table.rename(columns=_safe, index=_safe if index else None)
+    for at, kind in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):  # texts and objects; bool counts as a number
+            safe.isetitem(at, table.iloc[:, at].map(_safe))
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=index, lineterminator="\n")
+        safe.to_csv(temporary, index=index, lineterminator="\n")
+
+
+def spreadsheet_cell(text: str) -> str:
+    """Return a text that no spreadsheet runs: behind an apostrophe if it begins like a formula. A number stays.
+
+    `plain_cell` undoes it, for every text.
+
+    Example:
+        >>> spreadsheet_cell("=1+1"), spreadsheet_cell("-1")
+        ("'=1+1", '-1')
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def plain_cell(text: str) -> str:
+    """Return the text of a cell that `spreadsheet_cell` made."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def _safe(value: Any) -> Any:
+    return spreadsheet_cell(value) if isinstance(value, str) else value
 
 
 def _disk_errno(error: Exception, temporary: Path, target: Path) -> int | None:

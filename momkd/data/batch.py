@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from momkd.bags import Bags
+from momkd.data.allocation import COPYING, memory_for
 from momkd.data.prefetch import KeptRows
 from momkd.graph import Edges
 
@@ -54,6 +55,11 @@ class Assembled:
 
     def to(self, device: torch.device) -> Batch:
         """On `device`; all copies are queued on the current stream."""
+        patches = self.batch.bags.num_rows + sum(map(len, self.kept.values()))
+        with memory_for(self.batch.slide_ids, patches, "copy", COPYING, device):
+            return self._to(device)
+
+    def _to(self, device: torch.device) -> Batch:
         if not self.kept:
             return self.batch.to(device)
         host = self.batch.bags

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from momkd.bags import Bags
+from momkd.data.allocation import READING, memory_for
 from momkd.data.batch import Assembled, Batch
 from momkd.data.prefetch import DeviceCache, KeptRows, Transfer, ahead, transfer_to
 from momkd.errors import InputError
@@ -201,7 +202,8 @@ class BagLoader:
                 rng = np.random.default_rng([*seed, number, position])
                 drawn = np.sort(rng.choice(self.sizes[slide], most, replace=False))
             try:
-                x, edges = self._slide(slide, drawn, cache)
+                with memory_for([slide], self.sizes[slide], "read", READING):
+                    x, edges = self._slide(slide, drawn, cache)
             except InputError as error:
                 if self.skipped is None:
                     raise
@@ -216,7 +218,9 @@ class BagLoader:
         if not kept and share is None:
             return None
         if kept:
-            bags = self._joined(features)
+            names = [self.slide_ids[row] for row in kept]
+            with memory_for(names, sum(map(len, features)), "join", READING):
+                bags = self._joined(features)
         else:
             nothing, edges = self._no_rows()
             bags, graphs = Bags.from_lengths(nothing, []), [edges]

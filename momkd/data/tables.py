@@ -114,6 +114,28 @@ def read_labels(
     return Labels(table, found.order, column, path, (*read.notes, *found.notes, *notes), found.guessed)
 
 
+def read_cases(path: Path | str, case_from: str | None = None) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Read the case of each slide; the columns are found as `read_labels` finds them.
+
+    Args:
+        path: text, see `momkd.data.text`.
+        case_from: the column of cases, or "tcga" for the first 12 characters of the slides' barcodes.
+
+    Returns:
+        {slide_id: case_id}, and what a user should know, a line each.
+
+    Raises:
+        InputError: naming file, line or column.
+    """
+    path = Path(path)
+    read = read_table(path)
+    slides = slide_column(path, read.header, None)
+    cases = case_column(path, read.header, slides, None, case_from)
+    lines = _slide_lines(read, read.header.index(slides), read.header.index(slides if cases is None else cases))
+    ids, notes = _cases(read, list(lines), cases, case_from is not None)
+    return dict(zip(lines, ids, strict=True)), (*read.notes, *notes)
+
+
 def _slide_lines(read: TextTable, at_slide: int, at_case: int) -> dict[str, int]:
     """slide_id -> line, of rows that are whole and name each slide once."""
     path = read.path

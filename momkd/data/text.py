@@ -20,6 +20,7 @@ from typing import IO, TextIO, cast
 
 import pandas as pd
 
+from momkd.data.atomic import plain_cell
 from momkd.data.files import regular_file
 from momkd.data.raw import one_line
 from momkd.errors import InputError
@@ -124,7 +125,7 @@ def read_table(path: Path | str, expected: str = "a CSV table") -> TextTable:
     try:
         with open_text(path, dialect) as file:
             reader = csv.reader(file, delimiter=dialect.sep, strict=True)
-            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+            rows = [(reader.line_num, [plain_cell(cell.strip()) for cell in cells]) for cells in reader]
     except READ_ERRORS as error:
         raise unreadable(path, expected, error) from error
     rows = [(line, cells) for line, cells in rows if any(cells)]
@@ -139,9 +140,9 @@ def read_table(path: Path | str, expected: str = "a CSV table") -> TextTable:
     return TextTable(path, header, rows[1:], dialect)
 
 
-def read_text_table(path: Path | str, columns: Sequence[str] = ()) -> pd.DataFrame:
+def read_text_table(path: Path | str, columns: Sequence[str] = (), expected: str = "a CSV table") -> pd.DataFrame:
     """Read a small table whose cells stay text, and which must have these columns."""
-    table = read_table(path)
+    table = read_table(path, expected)
     if missing := [name for name in columns if name not in table.header]:
         raise InputError(f"{path}: expected a column {missing[0]!r}, got {listed(table.header)}; name another")
     for line, cells in table.rows:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from momkd.bootstrap import Floats
+from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.batches import BagLoader
-from momkd.inference import autocast
+from momkd.inference import autocast, finite_rows
 from momkd.models import MILModel, MoMKD
 from momkd.nn import MemoryBank
-from momkd.predict import decide
+from momkd.predictions import decide
 
 Integers = NDArray[np.int64]
 _CELLS = 1 << 24  # cosines that are held at a time
@@ -79,16 +80,19 @@ def look(
     with closing(loader.batches(plan, device=device)) as batches:
         for batch in batches:
             bags = batch.bags
-            with torch.inference_mode(), autocast(device, amp):
+            room = memory_for(batch.slide_ids, bags.num_rows, "explain", INFERENCE, device)
+            with room, torch.inference_mode(), autocast(device, amp):
                 if memory is not None and isinstance(model, MoMKD):
                     found = model.project(bags)
                     prediction, patches, slides = found.prediction, found.patches, found.slides
                 else:
                     prediction, patches, slides = model(bags), None, None
             probs = torch.softmax(prediction.logits.double(), 1).cpu().numpy()
-            predicted = decide(probs, threshold)
+            predicted = decide(probs, threshold).tolist()
             attention = prediction.attention.float().cpu().numpy().astype(np.float64)  # (N, H)
-            for b, (first, last) in enumerate(zip(bags.offsets[:-1].tolist(), bags.offsets[1:].tolist(), strict=True)):
+            edges = bags.offsets.tolist()
+            for b in finite_rows(loader, batch, prediction.logits, prediction.attention):
+                first, last = edges[b], edges[b + 1]
                 head = predicted[b] if attention.shape[1] > 1 else 0
                 near = None
                 if memory is not None and patches is not None and slides is not None:

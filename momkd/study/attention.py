@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 
 from momkd.data.ids import under_ids
+from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
-from momkd.inference import autocast, open_slides, pick_device
+from momkd.inference import autocast, finite_rows, open_slides, pick_device
 from momkd.metrics import attention_auc
-from momkd.predictions import read_predictions
+from momkd.predictions import check_predictions, read_predictions
 from momkd.runs import PREDICTIONS, Run
 
 
@@ -48,7 +49,8 @@ def attention_table(
     known_slides = under_ids(known_slides, place)
     rows = []
     for fold in run.info.folds:
-        predicted = read_predictions(run.fold(fold) / PREDICTIONS)
+        path = run.fold(fold) / PREDICTIONS
+        predicted = check_predictions(read_predictions(path), run.info.classes, str(path))
         test = predicted[(predicted["part"] == "test") & (predicted["label"] == run.num_classes - 1)]
         name_of = under_ids({slide: slide for slide in test["slide_id"]}, place)  # that of the run
         wanted = [slide for slide in name_of if slide in known_slides]
@@ -56,8 +58,11 @@ def attention_table(
         with closing(loader.batches([[place[slide]] for slide in wanted], device=where)) as batches:
             for batch in batches:
                 (slide,) = batch.slide_ids
-                with torch.inference_mode(), autocast(where, run.config.train.amp):
-                    attention = model(batch.bags).attention[:, -1].float().cpu().numpy()
+                room = memory_for(batch.slide_ids, batch.bags.num_rows, "predict", INFERENCE, where)
+                with room, torch.inference_mode(), autocast(where, run.config.train.amp):
+                    seen = model(batch.bags)
+                finite_rows(loader, batch, seen.logits, seen.attention)
+                attention = seen.attention[:, -1].float().cpu().numpy()
                 own = known_slides[slide]
                 if not np.array_equal(own["row"], np.arange(len(attention))):
                     raise InputError(

@@ -90,11 +90,20 @@ def _conditions(study: Study, results: pd.DataFrame) -> list[str]:
         "In brackets: 95 % intervals from resampling patients, jointly for all folds and seeds. ECE and Brier score "
         "are of the probabilities as they come from class-balanced training, not recalibrated.",
     ]
+    told.append(_unit(results))
     if study.cohort.omics is None:
         told.append("There is no expression: every arm learns from slides alone.")
     if study.cohort.external_labels is not None:
         told.append("The external cohort is predicted from slides alone; no arm saw any of it.")
     return told
+
+
+def _unit(results: pd.DataFrame) -> str:
+    """What is scored: patients, and how their slides are joined."""
+    rules = results["rule"].dropna().unique().tolist() if "rule" in results else []
+    if not rules:
+        return "Metrics are by patient; every patient has one slide."
+    return f"Metrics are by patient ({rules[0]} of the probabilities of its slides), but for the AUC by slide."
 
 
 def _sections(results: pd.DataFrame) -> list[_Section]:
@@ -103,6 +112,8 @@ def _sections(results: pd.DataFrame) -> list[_Section]:
         compared = "difference" in rows and rows["difference"].notna().any()
         head = ["Arm", "AUC", *(["Reference minus arm"] if compared else []), "AUPRC", "ECE", "Brier"]
         attended = "attention_auc" in rows and rows["attention_auc"].notna().any()
+        several = "auc_by_slide" in rows and rows["auc_by_slide"].notna().any()
+        head += ["AUC by slide"] if several else []
         head += ["Attention AUC"] if attended else []
         body = []
         for row in rows.to_dict("records"):
@@ -111,10 +122,15 @@ def _sections(results: pd.DataFrame) -> list[_Section]:
                 told = estimate_text(_value(row, "difference"), sign=True)
                 cells.append("reference" if pd.isna(row["difference"]) else told)  # it has none to itself
             cells += [estimate_text(_value(row, "auprc")), f"{row['ece']:.3f}", f"{row['brier']:.3f}"]
+            if several:
+                cells.append(estimate_text(_value(row, "auc_by_slide")))
             if attended:
                 cells.append("–" if pd.isna(row["attention_auc"]) else f"{row['attention_auc']:.3f}")
             body.append(cells)
-        sections.append(_Section(f"{task}: {_PARTS[str(part)]}, {int(rows['patients'].max())} patients", head, body))
+        positive = rows["positive"].iloc[0]
+        named = "" if pd.isna(positive) else f", positive class {positive}"
+        title = f"{task}: {_PARTS[str(part)]}, {int(rows['patients'].max())} patients{named}"
+        sections.append(_Section(title, head, body))
     return sorted(sections, key=lambda s: _PARTS["external"] in s.title)
 
 

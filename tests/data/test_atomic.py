@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 
 from momkd.data import atomic, atomic_write, write_csv, write_json, write_text
+from momkd.data.splits import Split, read_splits, write_splits
+from momkd.data.text import read_text_table
 from tests.data.conftest import refused
 
 
@@ -255,6 +257,26 @@ def test_json_comes_back_and_refuses_what_is_not_json(old: Path) -> None:
             write()
     assert old.read_text(encoding="utf-8") == before
     assert only(old)
+
+
+FORMULAS = ["=1+1", "@x", "+cmd", "-a", "'=x", "''=x", "'", "'a", "=", "-1", "+2.5e3", "-inf", "'-1", "＝x", "plain"]
+
+
+def test_no_spreadsheet_runs_a_text_and_it_reads_back(tmp_path: Path) -> None:
+    table = pd.DataFrame({"slide_id": FORMULAS, "=head": FORMULAS, "x": np.linspace(-1, 1, len(FORMULAS))})
+    write_csv(tmp_path / "t.csv", table)
+    raw = pd.read_csv(tmp_path / "t.csv", dtype=str, keep_default_na=False)
+    for text in raw["slide_id"]:
+        assert text in ("=", "-1", "+2.5e3", "-inf") or text[0] not in "=+-@＝", text
+    assert raw["x"][0] == "-1.0"
+    assert list(raw.columns) == ["slide_id", "'=head", "x"]
+    back = read_text_table(tmp_path / "t.csv")
+    assert list(back["slide_id"]) == FORMULAS
+    assert list(back["=head"]) == FORMULAS
+    splits = [Split(("=1+1", "-a"), ("@x",), ("+cmd", "'=x"))]
+    write_splits(tmp_path / "splits", splits)
+    assert read_splits(tmp_path / "splits") == splits
+    assert list(table["slide_id"]) == FORMULAS, "what was written is not changed"
 
 
 def test_csv_leaves_missing_cells_empty(tmp_path: Path) -> None:
