@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from momkd.data.ids import under_ids
 from momkd.data.allocation import INFERENCE, memory_for
+from momkd.data.ids import under_ids
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.inference import autocast, finite_rows, open_slides, pick_device
