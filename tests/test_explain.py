@@ -149,7 +149,7 @@ def test_files_and_facts(made: Explained, run: Run) -> None:
     slides = table(made, "slides.csv")
     mapped = slides.loc[slides["map"], "slide_id"]
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    top = {"index.html", "explanation.json", "slides.csv", "slots.csv", "prototypes.csv", "slots.png", "prototypes.png"}
+    top = {LIST, "index.html", "explanation.json", "slides.csv", "slots.csv", "prototypes.csv", "slots.png", "prototypes.png"}
     assert files == top | {f"maps/{slide}.{ending}" for slide in mapped for ending in ("png", "geojson")}
     assert (made.slides, made.maps, made.skipped) == (10, 5, {})
     facts = json.loads((folder / "explanation.json").read_text())

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,11 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
     """Yields a temporary path in the folder of `path`; at the end it becomes `path`, or on any exception disappears.
 
     Args:
-        path: the file to write or replace. A symbolic link is followed: its target is replaced.
+        path: the file to write or replace, whose mode stays. A symbolic link is followed: its target is replaced.
         suffix: ending of the temporary name, for writers that insist on one (".npy").
 
     Raises:
-        InputError: the folder is missing, read-only or full; the line says what to do.
+        InputError: the folder is missing, read-only or full, or `path` is a device or a pipe; the line says what to do.
 
     Example:
         >>> with atomic_write("scores.npy", suffix=".npy") as temporary:  # doctest: +SKIP
@@ -55,13 +56,15 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
     # Short and hidden, so that no listing of slides takes it for one and a long target name stays within the limit.
     temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.tmp{suffix}"
     try:
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        # Unlike mkstemp (mode 0600), so that the umask decides who may read the result.
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        before = _mode_to_keep(shown, target)
+        # Unlike mkstemp (mode 0600), so that the umask decides who may read a new file.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if before is None else before)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode) if before is None else before
+        os.close(handle)
         yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # a library may have put a file of its own there
         os.replace(temporary, target)
         sync_folder(target.parent)
     except Exception as error:
@@ -72,6 +75,19 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # it is gone after the rename
             temporary.unlink()
+
+
+def _mode_to_keep(shown: Path, target: Path) -> int | None:
+    """The permissions of the file that will be replaced, or None where there is none yet."""
+    try:
+        there = os.stat(target).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(there):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not stat.S_ISREG(there):  # root could replace /dev/null
+        raise InputError(f"{shown}: expected a file to write, got a device or a pipe; choose another name")
+    return there & 0o777
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,20 +1,24 @@
 """Folders that are either whole or absent: filled under a hidden name beside the target, then renamed.
 
-So a process that is killed or a disk that fills up leaves no folder that looks whole and is not.
+So a process that is killed or a disk that fills up leaves no folder that looks whole and is not. The folder holds a list
+of its files, by which what somebody else put into it is told from it: such a folder is never replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from momkd.errors import InputError
 
+LIST = ".momkd-files.json"
+_OF_THE_SYSTEM = (".DS_Store", "Thumbs.db", "desktop.ini")
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
@@ -26,29 +30,27 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def whole_folder(
-    out: Path | str, *, name: str, mark: str, written: Collection[str], overwrite: bool = False
-) -> Iterator[Path]:
+def whole_folder(out: Path | str, *, name: str, mark: str, overwrite: bool = False) -> Iterator[Path]:
     """Yields a hidden folder to fill, which at the end becomes `out`, or on any exception disappears.
 
     Args:
         out: the folder to make; an empty one is taken too.
         name: what it will be, for messages: "a simulation".
         mark: a file that only such a folder has; one without it is never replaced.
-        written: every name that can stand in such a folder; one that holds more is not replaced.
-        overwrite: replace an earlier folder of this kind.
+        overwrite: replace an earlier folder of this kind, unless it holds files that momkd did not write.
 
     Raises:
         InputError: the folder holds something else, cannot be written or is full.
     """
     shown, target = Path(out), Path(os.path.realpath(out))
-    _check_target(shown, target, name, mark, written, overwrite)
+    _check_target(shown, target, name, mark, overwrite)
     temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        _check_target(shown, target, name, mark, written, overwrite)  # it took a while
+        list_files(temporary)
+        _check_target(shown, target, name, mark, overwrite)  # it took a while
         _put_in_place(temporary, target)
     except InputError as error:
         raise InputError(str(error).replace(str(temporary), str(shown))) from error
@@ -59,7 +61,7 @@ def whole_folder(
         shutil.rmtree(temporary, ignore_errors=True)  # it is gone after the rename
 
 
-def _check_target(shown: Path, target: Path, name: str, mark: str, written: Collection[str], overwrite: bool) -> None:
+def _check_target(shown: Path, target: Path, name: str, mark: str, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{shown}: expected a new or an empty folder, got a file; choose another name")
     if not target.is_dir():
@@ -76,10 +78,36 @@ def _check_target(shown: Path, target: Path, name: str, mark: str, written: Coll
         raise InputError(
             f"{shown}: expected a new or an empty folder, got {name}; choose another folder or set overwrite"
         )
-    if others := [other for other in found if other not in written]:
-        raise InputError(
-            f"{shown}: expected nothing but {name} to overwrite, got also {others[0]!r}; move it elsewhere"
-        )
+    if (other := foreign_file(target)) is not None:
+        raise InputError(f"{shown}: expected nothing but {name} to overwrite, got also {other!r}; move it elsewhere")
+
+
+def list_files(folder: Path) -> None:
+    """Write down which files a folder holds, so that it may be replaced later."""
+    (folder / LIST).write_text(json.dumps({"momkd": _files(folder)}), encoding="utf-8")
+
+
+def foreign_file(folder: Path) -> str | None:
+    """Return the first file of a folder that is not in its list, or has changed since; None where all are momkd's."""
+    try:
+        known = json.loads((folder / LIST).read_text(encoding="utf-8"))["momkd"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        known = {}
+    for path, size in _files(folder).items():
+        if not (isinstance(known, dict) and known.get(path) == size):
+            return path
+    return None
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The size of every file by its path in the folder; links are not followed."""
+    sizes: dict[str, int] = {}
+    for top, folders, files in os.walk(folder):
+        for name in files + [name for name in folders if os.path.islink(os.path.join(top, name))]:
+            if name not in _OF_THE_SYSTEM and (top, name) != (str(folder), LIST):
+                path = Path(top, name)
+                sizes[path.relative_to(folder).as_posix()] = path.lstat().st_size
+    return dict(sorted(sizes.items()))
 
 
 def _beside(target: Path) -> Path:
@@ -91,6 +119,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
         return
+    shutil.copymode(target, temporary)
     old = _beside(target)
     os.rename(target, old)
     try:

@@ -45,10 +45,6 @@ from momkd.simulate.write import MARK as SIMULATED
 from momkd.simulate.write import NOTE
 
 _MARK = "explanation.json"
-_WRITTEN = (
-    *("index.html", _MARK, "slides.csv", "slots.csv", "prototypes.csv"),
-    *("slots.png", "prototypes.png", "maps", "thumbnails"),
-)
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def explain_run(
     pictures = None if images is None else SlideImages(images)
     table = _known_labels(run, labels, label, label_options)
     prototypes = unit_prototypes(model.memory) if isinstance(model, MoMKD) and model.memory.is_filled else None
-    with whole_folder(out, name="an explanation", mark=_MARK, written=_WRITTEN, overwrite=True) as folder:
+    with whole_folder(out, name="an explanation", mark=_MARK, overwrite=True) as folder:
         cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
         view = View(run, fold, model, prototypes, cohort, loader, where, options)
         view.notes.extend((*_facts(view, features), *cohort.notes))

@@ -29,7 +29,7 @@ from momkd.data.slides import write_trident
 from momkd.errors import InputError
 from momkd.simulate.config import SimulationConfig
 from momkd.simulate.model import INTERNAL, TISSUES, Case, World, draw_sites, draw_slide, draw_world, stream
-from momkd.simulate.write import MARK, WRITTEN
+from momkd.simulate.write import MARK
 
 NOTE = "The expression and the labels are those given; the slides are simulated by momkd from the expression."
 PROGRAMS = 24
@@ -82,7 +82,7 @@ def simulate_slides(
     table = labels.loc[cases].reset_index(names="case_id")
     table.insert(0, "slide_id", table["case_id"])
     tissues: list[pd.DataFrame] = []
-    with whole_folder(shown, name="a simulation", mark=MARK, written=WRITTEN, overwrite=overwrite) as root:
+    with whole_folder(shown, name="a simulation", mark=MARK, overwrite=overwrite) as root:
         (root / "features").mkdir()
         for n, (case_id, z) in enumerate(zip(cases, latent, strict=True)):
             rng = stream(config, 5, n)

@@ -39,7 +39,6 @@ from momkd.simulate.model import (
 NOTE = "Everything here is simulated by momkd: no patient, no slide and no measurement is behind it."
 
 MARK = "simulation.json"  # a folder without it is never replaced
-WRITTEN = ("features", "labels.csv", "omics.csv", "splits", "instances.csv", "external", MARK, "README.txt")
 _README = f"""{NOTE}
 Results on it say how software behaves, not how medicine does.
 
@@ -116,7 +115,7 @@ def simulate(
     """
     config = SimulationConfig() if config is None else config
     shown = Path(out)
-    with whole_folder(shown, name="a simulation", mark=MARK, written=WRITTEN, overwrite=overwrite) as temporary:
+    with whole_folder(shown, name="a simulation", mark=MARK, overwrite=overwrite) as temporary:
         _write(temporary, config, progress)
     external = _paths(shown / "external", None, None) if config.external_slides else None
     return _paths(shown, shown / "splits", external)

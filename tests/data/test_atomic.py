@@ -15,6 +15,8 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from momkd.data import atomic, atomic_write, write_csv, write_json, write_text
 from momkd.data.splits import Split, read_splits, write_splits
@@ -285,3 +287,36 @@ def test_csv_leaves_missing_cells_empty(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_bytes() == b"id,value\n007,0.1\n,\n"
     write_csv(tmp_path / "a.csv", table, index=True)
     assert (tmp_path / "a.csv").read_bytes() == b",id,value\na,007,0.1\nb,,\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_a_file_that_is_replaced_keeps_its_mode(old: Path, mode: int) -> None:
+    old.chmod(mode)
+    with atomic_write(old) as temporary:
+        assert temporary.stat().st_mode & 0o777 & ~mode == 0  # nobody else may read it meanwhile
+        temporary.write_text("new")
+    assert (old.read_text(), old.stat().st_mode & 0o777) == ("new", mode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes are of POSIX")
+def test_a_library_that_writes_a_file_of_its_own_does_not_decide_the_mode(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.zeros(2)}, temporary)
+            temporary.chmod(0o600)  # as some versions of safetensors leave it
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for place in (tmp_path / "fifo", tmp_path / "link", Path("/dev/null")):
+        with refused(f"{place}: expected a file to write, got a device or a pipe; choose another name"):
+            write_text(place, "new")
+    assert Path("/dev/null").is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "link"]

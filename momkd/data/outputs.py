@@ -1,0 +1,91 @@
+"""What a command writes never lies among what it reads, and replaces only files that momkd wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import h5py
+
+from momkd.errors import InputError
+
+Place = Path | str | None
+
+RUN_FILES = (
+    *("config.toml", "run.json", "run.lock", "metrics.json", "roc.png", "training.png"),
+    *("predictions.csv", "predictions_external.csv"),
+)
+
+
+def check_outputs(
+    outputs: Mapping[str, Place], inputs: Mapping[str, Place | Iterable[Path]], *, whole: Collection[str] = ()
+) -> None:
+    """Check that no output is an input, or lies in a folder that is one.
+
+    Args:
+        outputs: files and folders that will be written, by the names of their options; None is left out.
+        inputs: files and folders that are read, likewise; an option may stand for several.
+        whole: outputs that are folders of momkd alone: no input may lie in them either.
+
+    Raises:
+        InputError: naming output and input.
+    """
+    read = [(option, path) for option, places in inputs.items() for path in _paths(places)]
+    for name, place in outputs.items():
+        for out in _paths(place):
+            for option, path in read:
+                if _is_in(out, path):
+                    where = "in it" if path.is_dir() else "this very file"
+                    raise InputError(
+                        f"{out}: expected {name} apart from the inputs, got {option} {path} and {name} {where}; "
+                        f"choose another {name}"
+                    )
+                if name in whole and _is_in(path, out):
+                    raise InputError(
+                        f"{path}: expected {option} outside of {name} {out}, which momkd fills, got a place in it; "
+                        f"choose another {name}"
+                    )
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return what a run consists of: nothing else may be written over it."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.name in RUN_FILES or path.name.startswith("fold_")]
+
+
+def check_replaced(paths: Iterable[Path], dataset: str) -> None:
+    """Check that HDF5 files that will be written are not there yet, or are momkd's own: with `dataset`, no features.
+
+    Raises:
+        InputError: naming the first that holds something else.
+    """
+    for path in paths:
+        if path.exists() and not _holds(path, dataset):
+            raise InputError(
+                f"{path}: expected no file or an earlier one with {dataset!r} to replace, got another; choose another "
+                "folder"
+            )
+
+
+def _holds(path: Path, dataset: str) -> bool:
+    try:
+        with h5py.File(path) as file:
+            return dataset in file and "features" not in file
+    except OSError:
+        return False
+
+
+def _paths(places: Place | Iterable[Path]) -> list[Path]:
+    if places is None:
+        return []
+    return [Path(places)] if isinstance(places, (str, Path)) else list(places)
+
+
+def _is_in(inner: Path, outer: Path) -> bool:
+    """Whether a path is another or lies in it, whatever links and upper case there are."""
+    inner, outer = Path(os.path.realpath(inner)), Path(os.path.realpath(outer))
+    if inner == outer or outer in inner.parents:
+        return True
+    return outer.exists() and any(p.exists() and os.path.samefile(p, outer) for p in (inner, *inner.parents))
