@@ -19,6 +19,7 @@ from momkd.config import Config
 from momkd.data.atomic import make_folder, write_json
 from momkd.data.files import regular_file
 from momkd.data.folders import whole_folder
+from momkd.data.outputs import check_outputs, run_files
 from momkd.data.own import Finite, fitted, short
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
@@ -51,11 +52,12 @@ def checkpoint_to_run(path: Path | str, out: Path | str, *, classes: Sequence[st
         InputError: a file that does not read or is no released MoMKD, or a folder that is taken.
     """
     path = Path(path)
+    check_outputs({"--out": out}, {"the checkpoint": path}, whole=("--out",))
     if classes is not None and (len(classes) != 2 or classes[0] == classes[1]):
         raise InputError(
             f"classes: expected the names of two classes, got {short(list(classes))}; give --classes no,yes"
         )
-    with whole_folder(out, name="a run", mark="run.json", written=()) as folder:
+    with whole_folder(out, name="a run", mark="run.json") as folder:
         state = _read(path)
         carried = _carried(state, path)
         try:
@@ -113,6 +115,7 @@ def run_to_checkpoint(folder: Path | str, out: Path | str, *, fold: int = 0) -> 
         InputError: no such fold, a model of another form, or a file that cannot be written.
     """
     run = Run(folder)
+    check_outputs({"--out": out}, {"the run": run_files(run.folder)})
     if fold not in run.info.folds:
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {fold}")
     if run.config.model.kind != "momkd":

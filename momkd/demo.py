@@ -17,7 +17,10 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+import momkd
 from momkd.config import Config
+from momkd.data.atomic import make_folder, write_json
+from momkd.data.folders import LIST, foreign_file, list_files
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external, evaluate_run
 from momkd.experiment import train_run
@@ -29,11 +32,11 @@ from momkd.progress import ConsoleReporter, progress_bar
 from momkd.report import ReportFigure, comparison_table, write_report
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
-from momkd.simulate.write import MARK
 from momkd.terminal import OUT, say, show
 
 ARMS = {"ABMIL": "abmil", "MoMKD": "fast"}
 BASELINE = "ABMIL"
+MARK = "demo.json"  # a folder without it is never replaced
 NOTE = (
     "Everything here is simulated: no patient, no slide. It shows that the software works and how results look; it is "
     "no evidence for or against a method."
@@ -56,8 +59,16 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
     Raises:
         InputError: `out` holds something else.
     """
-    console, began = console or OUT, time.perf_counter()
     _make_room(out)
+    write_json(make_folder(out) / MARK, {"momkd": momkd.__version__, "note": NOTE, "fast": fast, "seed": seed})
+    try:
+        return _demonstrate(out, fast, seed, console or OUT)
+    finally:
+        list_files(out)  # also after an interrupt, so that the next demonstration may replace this one
+
+
+def _demonstrate(out: Path, fast: bool, seed: int, console: Console) -> Path:
+    began = time.perf_counter()
     dials: dict[str, Any] = _FAST if fast else _FULL
     say(f"1. Simulate ({NOTE.split(':')[0].lower()}: no patients)", style="bold", console=console)
     with progress_bar(console) as bar:
@@ -123,14 +134,17 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
 
 
 def _make_room(out: Path) -> None:
+    """Remove an earlier demonstration, once every file in it is momkd's."""
     if not out.is_dir() or not any(out.iterdir()):
         return
-    if not (out / "cohort" / MARK).is_file():
+    if not (out / MARK).is_file() or not (out / LIST).is_file():
         raise InputError(
             f"{out}: expected a new folder or that of an earlier demo, got other files; choose another --out"
         )
-    for name in ("cohort", "attention", "report", *ARMS.values()):
-        shutil.rmtree(out / name, ignore_errors=True)
+    if (other := foreign_file(out)) is not None:
+        raise InputError(f"{out}: expected nothing but a demo to replace, got also {other!r}; move it elsewhere")
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _all_predictions(run: Run) -> pd.DataFrame:

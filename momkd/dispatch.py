@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from momkd import cuda, env, gpu, native
-from momkd.errors import BackendError
+from momkd.errors import BackendError, InputError
 
 BACKENDS = ("triton", "cuda", "native", "torch")
 
@@ -69,7 +69,11 @@ def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
     if named is None:
         override = env.backend_override()
         if override is not None:
-            _known(override, BACKENDS, "MOMKD_BACKEND")
+            if override not in BACKENDS:
+                raise InputError(
+                    f"MOMKD_BACKEND: expected one of {', '.join(BACKENDS)}, got {override[:80]!r}; unset it or "
+                    "correct it"
+                )
             named = override if override in OPS[op] else None
     if named is None:
         return next(name for name in OPS[op] if name == "torch" or _can_run(op, name, args)[0])

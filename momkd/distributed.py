@@ -11,6 +11,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from importlib import import_module
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from momkd import env
 from momkd.errors import InputError, RankError, SharedError
@@ -59,7 +62,7 @@ def started() -> Iterator[None]:
             if env.local_rank() < gpus:
                 torch.cuda.set_device(env.local_rank())
             backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=env.rank_timeout()))
+            _join(backend)
         yield
         broken = False
     except RuntimeError as error:
@@ -74,6 +77,33 @@ def started() -> Iterator[None]:
         if opened and dist.is_initialized() and not (broken and torch.cuda.is_available()):
             gc.collect()  # models in circles of references, which hold the group
             dist.destroy_process_group()  # not after an error on GPUs, where it would wait for the others
+
+
+def _join(backend: str) -> None:
+    """Wait for the other ranks, and make one group with them."""
+    where, limit = env.meeting_point(), env.join_timeout()
+    found: list[Any] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(iter(rendezvous("env://", timeout=timedelta(seconds=limit)))))
+        except Exception as error:
+            found.append(error)
+
+    # In a thread, because torch waits in C++, where an interrupt is not seen.
+    waiting = threading.Thread(target=meet, daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(0.1)
+    if isinstance(found[0], Exception):
+        raise RankError(
+            f"rank {env.rank()}: expected {env.world_size()} ranks at {where} within {limit} s, got "
+            f"{_brief(found[0])}; start all of them, as torchrun does, or unset WORLD_SIZE"
+        ) from found[0]
+    store, number, ranks = found[0]
+    patience = timedelta(seconds=env.rank_timeout())
+    store.set_timeout(patience)
+    dist.init_process_group(backend, store=PrefixStore("momkd", store), rank=number, world_size=ranks, timeout=patience)
 
 
 def add_(*tensors: Tensor) -> None:

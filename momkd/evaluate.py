@@ -16,6 +16,7 @@ from momkd.data.batches import BagLoader
 from momkd.data.classes import LabelOptions
 from momkd.data.cohort import open_cohort
 from momkd.data.ids import shared_note
+from momkd.data.outputs import check_outputs, run_files
 from momkd.data.splits import match_splits, read_splits
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
@@ -90,6 +91,8 @@ def evaluate_external(
     """
     with distributed.together():
         where = pick_device(device)
+        places = {path.name: path for path in run_files(run.folder)}
+        check_outputs({**places, "--graphs": graphs}, {"--features": features, "--labels": labels})
         table = read_labels(labels, label=label or run.info.label, classes=run.info.classes, options=label_options)
         cohort = open_cohort(
             features,

@@ -28,6 +28,7 @@ from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.genes import OmicsTransform
 from momkd.data.lock import LOCK, locked
 from momkd.data.omics import Omics, case_classes, read_omics
+from momkd.data.outputs import check_outputs
 from momkd.data.prefetch import DeviceCache
 from momkd.data.splits import Split, check_parts, check_splits, match_splits, read_splits
 from momkd.data.tables import Labels, read_labels
@@ -192,6 +193,8 @@ def train_run(
             reporter = Reporter()
         with distributed.together():
             where = pick_device(device)
+            tables = {"--labels": labels, "--omics": omics, "--splits": sorted(Path(splits).glob("splits_*.csv"))}
+            check_outputs({"--out": out, "--graphs": graphs}, {"--features": features, **tables}, whole=("--out",))
             inputs = read_inputs(
                 features,
                 labels,

@@ -11,35 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from momkd import distributed, env
+from momkd import distributed
 from momkd.config import TrainConfig
 from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.batch import Batch
 from momkd.data.batches import BagLoader, deal
 from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.prefetch import DeviceCache
-from momkd.errors import InputError
+from momkd.device import pick_device as pick_device
 from momkd.models import MILModel
 from momkd.runs import Run
 
 LARGE = 1e4  # features above that come from no encoder
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or a GPU where there is one, else the CPU. Of several ranks each has a GPU of its own."""
-    wanted = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if distributed.size() == 1 or wanted.type != "cuda":
-        return wanted
-    if wanted.index is not None:
-        raise InputError(
-            f"device: expected cuda or cpu with several ranks, got {name}; each takes the GPU of its number"
-        )
-    if env.local_rank() >= torch.cuda.device_count():
-        raise InputError(
-            f"device: expected a GPU for each rank of a machine, got {torch.cuda.device_count()} GPUs and rank number "
-            f"{env.local_rank()}; start fewer (--nproc-per-node), or give --device cpu"
-        )
-    return torch.device("cuda", env.local_rank())
 
 
 def autocast(device: torch.device, on: bool) -> torch.autocast:

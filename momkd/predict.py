@@ -16,6 +16,7 @@ from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.atomic import make_folder, write_csv
 from momkd.data.batch import Batch
 from momkd.data.ids import TCGA_CASE, is_barcode, match_ids, matched_note
+from momkd.data.outputs import check_outputs, check_replaced, run_files
 from momkd.data.own import read_json
 from momkd.data.raw import check_id
 from momkd.data.slides import write_hdf5
@@ -85,6 +86,8 @@ def predict_run(
     used = list(dict.fromkeys(run.info.folds if folds is None else folds))
     if bad := [fold for fold in used if fold not in run.info.folds]:
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {bad[0]}")
+    places = {"--out": out, "--attention": attention, "--graphs": graphs, "--out-patients": out_patients}
+    check_outputs(places, {"--features": features, "--cases": cases, "the run": run_files(run.folder)})
     rule = check_rule(patients or run.config.train.patients)
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
@@ -94,6 +97,8 @@ def predict_run(
         note(told)
     case_ids = _case_ids(loader.slide_ids, cases, case_from, note)
     folder = None if attention is None else make_folder(attention)
+    if folder is not None:
+        check_replaced((folder / f"{slide}.h5" for slide in cohort.paths), "attention")
     slides: list[str] = []
     probs: list[Floats] = []
     with closing(loader.batches(loader.once(), device=where)) as batches:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import typer
 from rich.table import Table
 
+from momkd import demo, dispatch
 from momkd.cli.ending import BUG, one_clear_line
+from momkd.data.atomic import make_folder, write_text
+from momkd.device import pick_device
 from momkd.errors import BackendError, InputError, RankError
+from momkd.names import check_name
+from momkd.simulate import SimulatedCohort
 from momkd.terminal import note, printable, say, show
 from tests.command import Done, ended, momkd, one_line
 
@@ -151,3 +158,162 @@ def test_what_the_terminal_cannot_encode_is_escaped(tmp_path: Path) -> None:
     assert r"Gr\xfcn-\u03bb.csv" in one_line(
         momkd("splits", labels, "--label", "x", "--out", tmp_path, encoding="ascii")
     )
+
+
+# -- devices, numbers and names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["cuda", "gpu", "mps", "cuda:9", "cuda:x", "xyz", "", "[/b]", "cpu:1", "9" * 5000, "cuda:-1"]
+)
+def test_a_device_that_is_not_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = r"^device: expected one of cpu, got .* \(torch finds no GPU; momkd doctor says why\); choose one or leave it"
+    with pytest.raises(InputError, match=told) as caught:
+        pick_device(name)
+    assert len(str(caught.value)) < 300
+
+
+def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = (None, "cpu", "cuda", "cuda:1")
+    assert [str(pick_device(name)) for name in given] == ["cuda", "cpu", "cuda", "cuda:1"]
+    with pytest.raises(InputError, match=r"^device: expected one of cpu, cuda:0, cuda:1, got 'cuda:2'; choose one"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("value", ["foo", "9" * 5000, "[/b]"])
+def test_a_backend_in_the_environment_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOMKD_BACKEND", value)
+    with pytest.raises(InputError, match=r"^MOMKD_BACKEND: expected one of .*; unset it or correct it$"):
+        dispatch.choose("attention_pool", None, ())
+
+
+@pytest.mark.parametrize(
+    "name", ["/abs/path", "../../x", "a/b", "..", "", "a\nb", "\x1b[2J", "x" * 241, "é" * 121, "a\\b"]
+)
+def test_names_that_lead_out(name: str) -> None:
+    with pytest.raises(InputError, match=r"^table: expected tasks that can name a file, got ") as caught:
+        check_name(name, "table", "tasks")
+    assert "\n" not in str(caught.value)
+
+
+# -- what is never written over ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """features/, labels.csv, omics.csv, splits/ and run/."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(tiny_cohort.root, folder, dirs_exist_ok=True)
+    small = ("train.epochs=1", "model.hidden_features=8", "model.gate_features=4")
+    settings = [word for setting in small for word in ("--set", setting)]
+    given = ("--features", folder / "features", "--labels", folder / "labels.csv", "--splits", folder / "splits")
+    done = momkd("train", *given, "--fold", 0, "--preset", "abmil", "--out", folder / "run", *settings)
+    assert done.code == 0, done.err
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict run --features features --out features/a.csv",
+        "predict run --features features --out features/../labels.csv/../features",
+        "predict run --features features --out p.csv --attention features",
+        "predict run --features features --out p.csv --attention features/new",
+        "predict run --features link --out p.csv --attention features",
+        "predict run --features features --out p.csv --graphs features",
+        "predict run --features features --out run/metrics.json",
+        "predict run --features features --out run/fold_0/model.safetensors",
+        "predict run --features features --out p.csv --attention run/fold_0",
+        "evaluate run --features features --labels run/predictions_external.csv",
+        "explain run --features features --out features",
+        "explain run --features features --out features/new",
+        "explain run --features features --out run",
+        "graph features --out features",
+        "graph features --out features/graphs",
+        "graph link --out features",
+        "pack features --out features/all.h5",
+        "pack features --out labels.csv",
+        "pack features --out /dev/null",
+        "convert run --out run/fold_0/model.safetensors",
+        "convert run --out run/config.toml",
+        "convert labels.csv --out labels.csv",
+        "splits splits/splits_1.csv --out splits",
+        "splits labels.csv --out labels.csv",
+        "train --features features --labels labels.csv --splits splits --out features",
+        "train --features features --labels labels.csv --splits splits --out features/run",
+        "train --features features --labels labels.csv --splits splits --out splits",
+        "train --features features --labels labels.csv --splits splits --out new --graphs features",
+        "study --features features --labels labels.csv --out features/study",
+        "study --features features --labels study/internal.csv --out study",
+        "study --features study/features --labels labels.csv --out study",
+        "study --features features --labels labels.csv --out mine",
+        "study --features features --labels labels.csv --hold-out site=a --out mine",
+        "demo --out mine",
+        "demo --out .",
+        "simulate features --overwrite",
+        "simulate mine --overwrite",
+        "predict run --features features --out /dev/null",
+        "predict run --features features --out fifo",
+        "splits labels.csv --out fifo",
+    ],
+)
+def test_inputs_and_files_of_others_stay(words: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (project / "fifo").exists():
+        os.mkfifo(project / "fifo")
+        (project / "link").symlink_to("features")
+        for name in (
+            "study/internal.csv",
+            "mine/report.md",
+            "mine/index.html",
+            "mine/results.csv",
+            "mine/fast/model.pt",
+        ):
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / "labels.csv", project / name)
+        shutil.copytree(project / "features", project / "study" / "features")
+        (project / "features" / "new").mkdir()
+    monkeypatch.chdir(project)
+    before = contents(project)
+    one_line(momkd(*words.split(), *(["--device", "cpu"] if words.startswith("predict") else [])))
+    assert contents(project) == before
+    assert Path("/dev/null").is_char_device()
+
+
+def test_attention_replaces_attention_alone(project: Path, tmp_path: Path) -> None:
+    command = (
+        "predict",
+        project / "run",
+        "--features",
+        project / "features",
+        "--out",
+        tmp_path / "p.csv",
+        "--attention",
+    )
+    for _ in range(2):
+        assert momkd(*command, tmp_path / "attention").code == 0
+    other = tmp_path / "features of another encoder"
+    shutil.copytree(project / "features", other)
+    before = contents(other)
+    assert "expected no file or an earlier one with 'attention' to replace, got another" in one_line(
+        momkd(*command, other)
+    )
+    assert contents(other) == before
+
+
+def test_a_demonstration_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        demo, "_demonstrate", lambda out, *_: write_text(make_folder(out / "report") / "index.html", "x")
+    )
+    out = tmp_path / "demo"
+    for _ in range(2):
+        assert momkd("demo", "--out", out).code == 0
+    (out / "report" / "mine.txt").write_text("years of work")
+    assert "got also 'report/mine.txt'; move it elsewhere" in one_line(momkd("demo", "--out", out))
+    assert (out / "report" / "mine.txt").read_text() == "years of work"

@@ -307,8 +307,40 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env.rank_timeout() == 60
     for bad in ("soon", "0", "-3", "1.5"):
         monkeypatch.setenv("MOMKD_RANK_TIMEOUT", bad)
-        with pytest.raises(InputError, match=f"MOMKD_RANK_TIMEOUT: expected a whole number from 1, got '{bad}'"):
+        with pytest.raises(
+            InputError, match=f"MOMKD_RANK_TIMEOUT: expected a whole number from 1 to 10000000, got '{bad}'"
+        ):
             env.rank_timeout()
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "9" * 5000}, r"WORLD_SIZE: expected a whole number from 1, got '9999"),
+        ({"WORLD_SIZE": "2"}, "RANK: expected it beside WORLD_SIZE=2, as torchrun sets it, got nothing; start with"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK: expected less than WORLD_SIZE=2, got 2; start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR: expected it beside WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT: expected a whole number from 0 to 65535"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "65536"}, "MASTER_PORT: .*got '65536'; unset it or correct"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "9" * 12}, "MOMKD_RANK_TIMEOUT: .* to 10000000, got"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "1"},
+            r"rank 0: expected 2 ranks at localhost:0 within 1 s, got .*; start all of them, as torchrun",
+        ),
+    ],
+)
+def test_ranks_that_cannot_meet_say_so_soon(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: str
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MOMKD_RANK_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | variables).items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises((InputError, RankError), match=f"^{told}") as caught, distributed.started():
+        pass
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 10
 
 
 # -- when a rank ends ------------------------------------------------------------------------------------------------

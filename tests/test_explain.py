@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from momkd import Bags, cli
 from momkd.config import Config
+from momkd.data.folders import LIST
 from momkd.data.pack import pack
 from momkd.data.slides import read_slide
 from momkd.errors import InputError
@@ -149,7 +150,16 @@ def test_files_and_facts(made: Explained, run: Run) -> None:
     slides = table(made, "slides.csv")
     mapped = slides.loc[slides["map"], "slide_id"]
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    top = {LIST, "index.html", "explanation.json", "slides.csv", "slots.csv", "prototypes.csv", "slots.png", "prototypes.png"}
+    top = {
+        LIST,
+        "index.html",
+        "explanation.json",
+        "slides.csv",
+        "slots.csv",
+        "prototypes.csv",
+        "slots.png",
+        "prototypes.png",
+    }
     assert files == top | {f"maps/{slide}.{ending}" for slide in mapped for ending in ("png", "geojson")}
     assert (made.slides, made.maps, made.skipped) == (10, 5, {})
     facts = json.loads((folder / "explanation.json").read_text())
@@ -397,6 +407,7 @@ def test_without_memory_there_is_attention_alone(tiny_cohort: SimulatedCohort, f
     run = train(tiny_cohort, tmp_path / "abmil", preset="abmil")
     made = explain_run(run, features, tmp_path / "out", options=Options(limit=2))
     assert sorted(p.name for p in made.index.parent.iterdir()) == [
+        LIST,
         "explanation.json",
         "index.html",
         "maps",
@@ -656,7 +667,7 @@ def test_only_an_explanation_is_replaced(run: Run, features: Path, tmp_path: Pat
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match=r"expected nothing but an explanation to overwrite, got also 'thesis.txt'"):
         explain_run(run, features, out)
-    with pytest.raises(InputError, match=r"expected a new or an empty folder, got 'config.toml' in it"):
+    with pytest.raises(InputError, match="expected --out apart from the inputs, got the run"):
         explain_run(run, features, run.folder)
     assert (out / "thesis.txt").read_text() == "years of work"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

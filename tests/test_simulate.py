@@ -28,7 +28,7 @@ from momkd.data.slides import find_slides, read_slide, write_trident
 from momkd.data.splits import check_splits, read_splits
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
-from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
+from momkd.simulate import SimulatedCohort, SimulationConfig, simulate, write
 from momkd.simulate.model import (
     EXTERNAL,
     INTERNAL,

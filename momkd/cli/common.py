@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Multiple-instance learning on whole-slide images: train with genomics, predict from the slide alone.",
 )
+# The largest numbers that options take; what is larger is a slip, and libraries beneath don't all refuse it clearly.
+FOLDS, NEIGHBOURS, SEED = 1000, 1000, 2**32 - 1
 _WITH_RANKS = ("train", "evaluate")
 
 _FEATURES = "Folder of feature files, one a slide (.h5, .pt, .npy), or a file of momkd pack."

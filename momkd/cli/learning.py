@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from momkd.cli.common import (
+    FOLDS,
+    SEED,
     Bootstrap,
     CaseFrom,
     Classes,
@@ -40,7 +42,9 @@ def train(
     label: Label = None,
     omics: Omics = None,
     omics_columns: OmicsColumns = None,
-    fold: Annotated[list[int] | None, typer.Option("--fold", help="Train this split; may be repeated.")] = None,
+    fold: Annotated[
+        list[int] | None, typer.Option("--fold", min=0, max=FOLDS, help="Train this split; may be repeated.")
+    ] = None,
     preset: Annotated[
         str,
         typer.Option(
@@ -137,7 +141,9 @@ def predict(
     attention: Annotated[
         Path | None, typer.Option("--attention", help="Folder for attention and prototypes of each patch, HDF5.")
     ] = None,
-    fold: Annotated[list[int] | None, typer.Option("--fold", help="Use this fold's model; may be repeated.")] = None,
+    fold: Annotated[
+        list[int] | None, typer.Option("--fold", min=0, max=FOLDS, help="Use this fold's model; may be repeated.")
+    ] = None,
     cases: Annotated[
         Path | None, typer.Option("--cases", help="CSV of slide_id and case_id; else each slide is a case.")
     ] = None,
@@ -186,7 +192,9 @@ def explain(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     features: Features,
     out: Annotated[Path, typer.Option("--out", help="Folder to write; an earlier explanation is replaced.")],
-    fold: Annotated[int | None, typer.Option("--fold", help="Whose model; the first if left out.")] = None,
+    fold: Annotated[
+        int | None, typer.Option("--fold", min=0, max=FOLDS, help="Whose model; the first if left out.")
+    ] = None,
     slides: Annotated[
         Path | None, typer.Option("--slides", help="Folder of whole-slide images, for thumbnails: momkd[slides].")
     ] = None,
@@ -264,10 +272,10 @@ def study(
     arm: Annotated[
         list[str] | None, typer.Option("--arm", help="NAME=section.key=value,...: one more variant of MoMKD.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Repetitions.")] = 3,
-    folds: Annotated[int, typer.Option("--folds", min=2, help="Of the splits that are made.")] = 5,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=FOLDS, help="Repetitions.")] = 3,
+    folds: Annotated[int, typer.Option("--folds", min=2, max=FOLDS, help="Of the splits that are made.")] = 5,
     set_: Annotated[list[str] | None, typer.Option("--set", help="section.key=value for every arm.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=FOLDS, help="Runs at once.")] = 1,
     bootstrap: Bootstrap = 1000,
     patients: Patients = None,
     device: Device = None,
@@ -337,7 +345,7 @@ def study(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for cohort, runs and report.")] = Path("demo"),
     fast: Annotated[bool, typer.Option("--fast", help="Smaller, for a quick look.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEED)] = 0,
 ) -> None:
     """Simulate a cohort, train MoMKD and ABMIL, predict without genomics, compare, and write a report."""
     from momkd.demo import run_demo

@@ -13,6 +13,9 @@ import typer
 from rich.progress import TextColumn
 
 from momkd.cli.common import (
+    FOLDS,
+    NEIGHBOURS,
+    SEED,
     CaseFrom,
     Classes,
     Label,
@@ -33,20 +36,22 @@ def splits(
     labels: Annotated[Path, typer.Argument(help="CSV of slide_id, case_id and the label.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for splits_0.csv, ....")],
     label: Label = None,
-    folds: Annotated[int, typer.Option("--folds", min=1, help="Folds; 1 is a single split.")] = 5,
+    folds: Annotated[int, typer.Option("--folds", min=1, max=FOLDS, help="Folds; 1 is a single split.")] = 5,
     val: Annotated[
         float, typer.Option("--val", min=0, max=0.99, help="Share that validates, of what is not test.")
     ] = 0.15,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEED)] = 0,
     classes: Classes = None,
     positive: Positive = None,
     missing: Missing = None,
     case_from: CaseFrom = None,
 ) -> None:
     """Make splits by patient, stratified by class, in CLAM's files."""
+    from momkd.data.outputs import check_outputs
     from momkd.data.splits import make_splits, write_splits
     from momkd.data.tables import read_labels
 
+    check_outputs({f"splits_{n}.csv": out / f"splits_{n}.csv" for n in range(folds)}, {"the labels": labels})
     table = read_labels(labels, label=label, options=label_options(classes, positive, missing, case_from))
     say_labels(table)
     made = make_splits(table, folds, seed, val)
@@ -59,13 +64,17 @@ def splits(
 def graph(
     features: Annotated[Path, typer.Argument(help="Folder of feature files with coordinates, one a slide.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the graphs; give it to --graphs.")],
-    neighbours: Annotated[int, typer.Option("--neighbours", min=1, help="Nearest patches of each patch.")] = 8,
+    neighbours: Annotated[
+        int, typer.Option("--neighbours", min=1, max=NEIGHBOURS, help="Nearest patches of each patch.")
+    ] = 8,
     skip_bad: SkipBad = False,
 ) -> None:
     """Make the graphs of patches that the encoder gatv2 sees, once for all runs."""
     from momkd.data.cohort import open_cohort
+    from momkd.data.outputs import check_outputs
     from momkd.progress import progress_bar
 
+    check_outputs({"--out": out}, {"the features": features})
     cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours, graphs=out)
     assert cohort.graphs is not None
     edges = 0
@@ -88,7 +97,7 @@ def pack(
     out: Annotated[Path | None, typer.Option("--out", help="The store to write, such as cohort.h5.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float16, where it holds the values, or float32.")] = "float16",
     neighbours: Annotated[
-        int, typer.Option("--graph", min=0, help="Store graphs of this many nearest patches; 0: none.")
+        int, typer.Option("--graph", min=0, max=NEIGHBOURS, help="Store graphs of this many nearest patches; 0: none.")
     ] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Compare a store with its checksums.")] = False,
     skip_bad: SkipBad = False,
@@ -137,7 +146,7 @@ def pack(
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint of the released MoMKD, or the folder of a run.")],
     out: Annotated[Path, typer.Option("--out", help="The run to make, or the checkpoint to write (.pt).")],
-    fold: Annotated[int, typer.Option("--fold", min=0, help="Of the run, which model.")] = 0,
+    fold: Annotated[int, typer.Option("--fold", min=0, max=FOLDS, help="Of the run, which model.")] = 0,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Names of the two classes; else as in the checkpoint, or 0,1.")
     ] = None,

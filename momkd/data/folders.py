@@ -1,7 +1,7 @@
 """Folders that are either whole or absent: filled under a hidden name beside the target, then renamed.
 
-So a process that is killed or a disk that fills up leaves no folder that looks whole and is not. The folder holds a list
-of its files, by which what somebody else put into it is told from it: such a folder is never replaced.
+So a process that is killed or a disk that fills up leaves no folder that looks whole and is not. The folder holds a
+list of its files; one to which somebody else has added a file is never replaced.
 """
 
 from __future__ import annotations

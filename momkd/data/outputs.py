@@ -34,6 +34,10 @@ def check_outputs(
     read = [(option, path) for option, places in inputs.items() for path in _paths(places)]
     for name, place in outputs.items():
         for out in _paths(place):
+            if out.exists() and not (out.is_file() or out.is_dir()):
+                raise InputError(
+                    f"{out}: expected a file or folder to write, got a device or a pipe; choose another {name}"
+                )
             for option, path in read:
                 if _is_in(out, path):
                     where = "in it" if path.is_dir() else "this very file"

@@ -26,6 +26,7 @@ from momkd.data.hdf5_text import text_attributes
 from momkd.data.pickles import ForeignObjects, check_nesting, short_reason
 from momkd.data.placement import TEXTS
 from momkd.errors import InputError
+from momkd.names import check_id as check_id
 
 Array = npt.NDArray[Any]
 
@@ -318,21 +319,6 @@ def all_finite(values: Array) -> bool:
     if values.dtype == np.float16:
         return values.size == 0 or int((values.view(np.uint16) & 0x7FFF).max()) < 0x7C00
     return bool(np.isfinite(values).all())
-
-
-def check_id(slide_id: str, source: str) -> str:
-    """The id, once it can be the name of a file: no folder, no control character, not too long.
-
-    Raises:
-        InputError: it could lead out of the folder that it is written into.
-    """
-    odd = not slide_id.isprintable() or any(sign in slide_id for sign in "/\\")
-    if odd or slide_id.strip(" .") == "" or len(slide_id.encode(errors="replace")) > 240:
-        raise InputError(
-            f"{source}: expected slide ids that can name a file, got {slide_id[:80]!r}; rename the slide, without "
-            "folders and special characters"
-        )
-    return slide_id
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

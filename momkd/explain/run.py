@@ -29,6 +29,7 @@ from momkd.data.atomic import write_csv, write_json, write_text
 from momkd.data.classes import LabelOptions
 from momkd.data.folders import whole_folder
 from momkd.data.ids import match_ids, matched_note, under_ids
+from momkd.data.outputs import check_outputs
 from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.explain.index import Content, Memory, SlideCard, index_html
@@ -99,6 +100,8 @@ def explain_run(
     fold = run.info.folds[0] if fold is None and run.info.folds else fold
     if fold is None or fold not in run.info.folds:
         raise InputError(f"--fold: expected one of {', '.join(map(str, run.info.folds))}, got {fold}")
+    places = {"--features": features, "--labels": labels, "the run": run.folder}
+    check_outputs({"--out": out, "--graphs": graphs}, places, whole=("--out",))
     where = pick_device(device)
     model = run.load_model(fold, where)
     pictures = None if images is None else SlideImages(images)

@@ -18,9 +18,15 @@ from momkd.data.text import listed, read_text_table
 from momkd.errors import InputError
 from momkd.simulate import SimulationConfig, simulate
 from momkd.simulate import semisynthetic as semi
-from momkd.simulate.write import MARK, read_mark
+from momkd.simulate.write import MARK as SIMULATION
 from momkd.simulate.write import NOTE as SIMULATED
+from momkd.simulate.write import read_mark
 
+MARK = "study.json"
+_WRITTEN = (
+    *("runs", "splits", "internal.csv", "external.csv", "results.csv"),
+    *("report.md", "index.html", "auc.png", "difference.png"),
+)
 REAL = "Real slides and labels, as given."
 
 
@@ -122,7 +128,7 @@ def semisynthetic_cohort(
 
 def _is_there(out: Path, config: SimulationConfig, source: str | None) -> bool:
     """Whether these slides have been simulated already, from the tables with this fingerprint (None: from none)."""
-    mark = out / MARK
+    mark = out / SIMULATION
     if not mark.is_file():
         return False
     told = read_mark(out)
@@ -143,6 +149,17 @@ def _is_there(out: Path, config: SimulationConfig, source: str | None) -> bool:
     return True
 
 
+def check_folder(out: Path, own: Sequence[Path | None] = ()) -> None:
+    """Raise InputError where files in `out` would be replaced that no study wrote; `own` are those of this one."""
+    if (out / MARK).is_file():
+        return
+    if found := [name for name in _WRITTEN if (out / name).exists() and out / name not in own]:
+        raise InputError(
+            f"{out}: expected a new folder or that of an earlier study, got another with {found[0]!r}; choose another "
+            "--out"
+        )
+
+
 def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCohort:
     """The rows of the labels whose `column` is `value` become the external cohort, the others remain."""
     table = read_text_table(cohort.labels, [column])
@@ -152,6 +169,7 @@ def hold_out(cohort: StudyCohort, out: Path, column: str, value: str) -> StudyCo
             f"hold-out: expected some rows with {column}={value}, got {int(held.sum())} of {len(table)}; it has "
             f"{', '.join(sorted(set(table[column]))[:8])}"
         )
+    check_folder(out)
     make_folder(out)
     write_csv(out / "internal.csv", table[~held])
     write_csv(out / "external.csv", table[held])

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from momkd.data.classes import LabelOptions
+from momkd.data.outputs import check_outputs
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
+from momkd.names import check_name
 from momkd.simulate import SimulationConfig
 from momkd.study.arms import Arm
-from momkd.study.cohort import StudyCohort, hold_out, semisynthetic_cohort, simulated_cohort
+from momkd.study.cohort import StudyCohort, check_folder, hold_out, semisynthetic_cohort, simulated_cohort
 from momkd.study.labels import task_options
 from momkd.study.run import Study
 
@@ -54,6 +56,12 @@ def study_of(
         raise InputError("study: expected --hold-out alone, got also --external-features or --splits; choose one")
     if (instances is None) != (instance_type is None) or (instances is not None and features is None):
         raise InputError("study: expected --instances and --instance-type with --features, got some; give all or none")
+    places = {"--features": features, "--labels": labels, "--omics": omics, "--splits": splits}
+    places |= {"--external-features": external[0], "--external-labels": external[1], "--instances": instances}
+    check_outputs({"--out": out}, places, whole=("--out",))
+    check_folder(out)
+    for task in tasks:
+        check_name(task, "--label", "names of labels")
     turned = _dials(dials)
     if features is not None and labels is not None:
         named = tuple(tasks) or (read_labels(labels, options=LabelOptions(missing=tuple(missing))).name,)

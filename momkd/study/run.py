@@ -11,28 +11,28 @@ OUT/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+import contextlib
+import functools
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TypedDict
 
-import torch
-
-from momkd import env
 from momkd.data.atomic import make_folder, write_csv, write_json
 from momkd.data.own import read_json, short
 from momkd.data.splits import make_splits, write_splits
 from momkd.data.tables import Labels
+from momkd.device import pick_device
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external
 from momkd.experiment import train_run
+from momkd.names import check_name
 from momkd.runs import EXTERNAL, Run
 from momkd.study.arms import Arm
 from momkd.study.attention import attention_table
-from momkd.study.cohort import StudyCohort
+from momkd.study.cohort import MARK, StudyCohort, check_folder
 from momkd.study.labels import read_task
+from momkd.study.workers import in_processes
 
 ATTENTION = "attention.csv"
 _REMEDY = "remove it to go on with the options of now, or choose another --out"
@@ -124,6 +124,12 @@ def run_study(
     Raises:
         InputError: anything wrong with the input, of the first cell that finds it; finished cells are kept.
     """
+    pick_device(device)
+    for task in study.cohort.tasks:
+        check_name(task, str(study.cohort.labels), "names of labels")
+    for arm in study.arms:
+        check_name(arm.name, "arms", "names")
+    check_folder(study.out, [study.cohort.labels, study.cohort.external_labels])
     make_folder(study.out)
     _check_same(study)
     tasks = [read_task(study.cohort, task, note) for task in study.cohort.tasks]
@@ -138,10 +144,11 @@ def run_study(
         for line in study.cohort.omics_notes(tasks):
             if note is not None:
                 note(line)
-    for cell in _finished(study, left, jobs, device):
-        done += 1
-        if report is not None:
-            report(f"{cell.task} {cell.arm.name} seed {cell.seed}", done, len(cells))
+    with contextlib.closing(_finished(study, left, jobs, device)) as ended:
+        for cell in ended:
+            done += 1
+            if report is not None:
+                report(f"{cell.task} {cell.arm.name} seed {cell.seed}", done, len(cells))
 
 
 def _check_same(study: Study) -> None:
@@ -156,7 +163,7 @@ def _check_same(study: Study) -> None:
         "settings": list(study.settings),
     }
     arms = {arm.name: ArmFacts(preset=arm.preset, settings=list(arm.settings)) for arm in study.arms}
-    path = study.out / "study.json"
+    path = study.out / MARK
     if path.exists():
         before = read_json(path, dict[str, _Fact], what="the description of a study", remedy=_REMEDY)
         earlier = before.get("arms")
@@ -195,30 +202,17 @@ def _make_splits(study: Study, labels: Labels, task: str, seed: int) -> None:
         write_splits(folder, make_splits(labels, study.folds, seed))
 
 
-def _finished(study: Study, cells: Sequence[Cell], jobs: int, device: str | None) -> Iterator[Cell]:
+def _finished(study: Study, cells: Sequence[Cell], jobs: int, device: str | None) -> Generator[Cell, None, None]:
     if jobs == 1 or len(cells) <= 1:
         for cell in cells:
-            _run_cell(study, cell, device)
+            _run_cell(study, cell, device=device)
             yield cell
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool,
-        env.child_threads(threads),
-    ):
-        waiting = {pool.submit(_run_cell, study, cell, device): cell for cell in cells}
-        try:
-            while waiting:
-                ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    future.result()
-                    yield waiting.pop(future)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    work = functools.partial(_run_cell, study, device=device)
+    yield from in_processes(work, cells, jobs, lambda cell: str(cell.folder))
 
 
-def _run_cell(study: Study, cell: Cell, device: str | None) -> None:
+def _run_cell(study: Study, cell: Cell, *, device: str | None) -> None:
     cohort, arm = study.cohort, cell.arm
     run = train_run(
         cohort.features if arm.slides else None,
