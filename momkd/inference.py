@@ -19,6 +19,7 @@ from momkd.data.batches import BagLoader, deal
 from momkd.data.cohort import Cohort, open_cohort
 from momkd.data.prefetch import DeviceCache
 from momkd.device import pick_device as pick_device
+from momkd.errors import InputError
 from momkd.models import MILModel
 from momkd.runs import Run
 
