@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -15,9 +16,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from momkd import evaluate
 from momkd.config import Config
 from momkd.data import lock
-from momkd.data.atomic import atomic_write, remove_leftovers
+from momkd.data.atomic import atomic_write, is_leftover, remove_leftovers, write_text
 from momkd.data.lock import LOCK, locked
 from momkd.errors import InputError
 from momkd.experiment import Reporter, train_run
@@ -27,12 +29,13 @@ from tests.processes import ROOT, environment, start
 from tests.ranks import run_ranks
 
 SETTINGS = ["train.epochs=4", "omics.genes=20", "omics.hidden_features=16", "omics.features=8"]
+FEWER = ("train.epochs=2", "omics.select=variance")
 SETTINGS += ["model.hidden_features=16", "model.projection_features=8", "memory.slots=3", "train.slides_per_step=5"]
 
 
-def train(cohort: Path, out: Path, **options: object) -> None:
+def train(cohort: Path, out: Path, *settings: str, **options: object) -> None:
     paths = {"features": cohort / "features", "labels": cohort / "labels.csv", "splits": cohort / "splits"}
-    config = Config.preset("fast").with_settings(SETTINGS)
+    config = Config.preset("fast").with_settings([*SETTINGS, *settings])
     train_run(**paths, omics=cohort / "omics.csv", out=out, config=config, folds=[0], device="cpu", **options)
 
 
@@ -100,13 +103,8 @@ def contents(out: Path) -> dict[str, bytes]:
     ("how", "where", "epoch"),
     [
         ("step", "", 2),
-        ("after", "config.toml", 0),
-        ("after", "log.csv", 2),
         ("half", "model.safetensors", 1),  # the first epoch that can be the best
-        ("after", "model.safetensors", 1),  # the weights are of an epoch that the state has not seen
         ("half", "state.pt", 2),
-        ("before", "predictions.csv", 3),
-        ("after", "predictions.csv", 3),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -119,6 +117,47 @@ def test_a_killed_run_resumes_to_the_same_bits(
     process = start(train_until, tiny_cohort.root, out, resume=True)
     assert process.wait() == 0, process.stderr
     assert contents(out) == contents(unbroken)
+
+
+def plain_plot(*given: object, **_: object) -> None:
+    """A file where a plot belongs; drawing takes longer than all the rest of such a run."""
+    write_text(next(path for path in given if isinstance(path, Path)), "")
+
+
+def train_until_the_next_write(cohort: Path, out: Path, seen: Path) -> None:
+    """Trains on, and dies before a file gets its name; `seen` lists the files and epochs where one has died."""
+    now, replace = -1, os.replace
+
+    class Here(Reporter):
+        def progress(self, progress: Progress) -> None:
+            nonlocal now
+            now = progress.epoch
+
+    def replaced(source: str, target: str) -> None:
+        write = f"{Path(target).relative_to(out.resolve())} {now}"
+        if write not in seen.read_text().splitlines():
+            with seen.open("a") as file:
+                file.write(write + "\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = replaced
+    evaluate.plot_roc = evaluate.plot_training = plain_plot
+    train(cohort, out, *FEWER, reporter=Here(), resume=True)
+
+
+def test_a_run_that_is_killed_at_every_write(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    """Each process goes on where the last one died, one write further."""
+    out, seen = tmp_path / "run", tmp_path / "seen"
+    seen.touch()
+    for _ in range(40):
+        process = start(train_until_the_next_write, tiny_cohort.root, out, seen)
+        if process.wait() == 0:
+            break
+        assert process.wait() == -signal.SIGKILL, process.stderr
+    assert start(train, tiny_cohort.root, tmp_path / "whole", *FEWER).wait() == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {line.split()[0] for line in seen.read_text().splitlines()} >= set(contents(out))
 
 
 SCRIPT = """
@@ -169,6 +208,58 @@ def test_a_disk_that_fills_up_leaves_the_last_epoch_whole(
     process = start(train_until, tiny_cohort.root, out, resume=True)
     assert process.wait() == 0, process.stderr
     assert contents(out) == contents(unbroken)
+
+
+def test_a_disk_that_is_full_at_every_write(
+    tiny_cohort: SimulatedCohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write fails once, in one line; what was there stays as it was, and --resume goes on from it."""
+    out, seen, fsync, now = tmp_path / "run", set[str](), os.fsync, -1
+    there: dict[str, bytes] = {}
+
+    class Here(Reporter):
+        def progress(self, progress: Progress) -> None:
+            nonlocal now
+            now = progress.epoch
+
+    def full(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        write = f"{path.parent.name} {path.name[1:-17]} {now}"  # without the random part of its name
+        if is_leftover(path.name) and write not in seen:
+            seen.add(write)
+            there.update(files(out))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    said = ""
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("plot_roc", "plot_training"):
+        monkeypatch.setattr(evaluate, name, plain_plot)
+    for _ in range(40):
+        there.clear()
+        said = refusal(tiny_cohort.root, out, Here())
+        if not said:
+            break
+        assert said.endswith("cannot write it: No space left on device; free some space or choose another folder")
+        left = files(out) if out.exists() else {}
+        assert left == {name: data for name, data in there.items() if not name.endswith((".tmp", LOCK))}
+    assert {write.split()[1] for write in seen} >= {Path(name).name for name in contents(out)}
+    monkeypatch.undo()
+    train(tiny_cohort.root, tmp_path / "whole", *FEWER)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def refusal(cohort: Path, out: Path, reporter: Reporter) -> str:
+    """The line that training, gone on with, ends in, or nothing."""
+    try:
+        train(cohort, out, *FEWER, reporter=reporter, resume=True)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # -- one folder, one run ---------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ def of_features(cohort: Cohort) -> str:
     facts = []
     for slide in sorted(cohort.paths):
         content = cohort.source.checksum(slide)
-        facts.append([slide, *cohort.source.header(slide), content or _sampled(cohort.paths[slide])])
-    return _digest(facts)
+        facts.append([slide, int(cohort.sizes[slide]), content or _sampled(cohort.paths[slide])])
+    return _digest([cohort.width, facts])
 
 
 def _sampled(path: Path) -> str:
