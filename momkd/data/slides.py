@@ -104,10 +104,11 @@ def _files_of(folder: Path, *, nested: bool) -> list[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
-                files.append(place / entry.name)
-            elif nested and entry.is_dir():
-                waiting.append(place / entry.name)
+            with contextlib.suppress(OSError):  # a link to itself
+                if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
+                    files.append(place / entry.name)
+                elif nested and entry.is_dir():
+                    waiting.append(place / entry.name)
     return sorted(files)
 
 
