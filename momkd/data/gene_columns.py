@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from momkd.data.files import regular_file
+from momkd.data.files import kind_of, regular_file
+from momkd.data.text import READ_ERRORS, open_text, sniff, unreadable
 from momkd.errors import InputError
 
 ALL = "all"  # keeps every column
@@ -61,9 +62,11 @@ _CLINICAL_PATTERN = re.compile(
     r"|(os|pfs|pfi|dfs|dfi|dss|rfs|survival)_.+"
     r"|.+_(days|months|years|status|stage|grade|age|censorship|censored|ihc|followup|follow_up|barcode|uuid)"
 )
+_SEPARATORS = str.maketrans("", "", " _.-")
 _GENE_NAME = re.compile(r"(ENS[A-Z]*G\d{6,}(\.\d+)?|[A-Z][A-Z0-9]+([-.][A-Z0-9]+)*|C\d+orf\d+|\d+)([|( ].*)?")
 Doubles = npt.NDArray[np.float64]
 
+_LIST, _LARGEST_LIST = "a list of columns, one a line", 1 << 26  # bytes
 _BLOCK = 1 << 22  # values that one step looks at, to bound its memory
 
 CLINICAL_NAME = "clinical names"
@@ -75,19 +78,18 @@ LABEL_COPY = f"correlation above {SAME} with the label"
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def same_name(a: str, b: str) -> bool:
-    """Whether two names differ in case and in `_`, `-`, `.` and space at most."""
-    return _squeezed(a) == _squeezed(b)
-
-
 def is_clinical(name: str) -> bool:
     """Whether a column is metadata by its name; see `CLINICAL`."""
-    words = re.sub(r"[\W_]+", "_", name.casefold()).strip("_")
-    return _squeezed(name) in CLINICAL or _CLINICAL_PATTERN.fullmatch(words) is not None
+    if _squeezed(name) in CLINICAL:
+        return True
+    if name.isalnum():  # one word, as most genes are
+        return False
+    return _CLINICAL_PATTERN.fullmatch(re.sub(r"[\W_]+", "_", name.casefold()).strip("_")) is not None
 
 
 def _squeezed(name: str) -> str:
-    return re.sub(r"[\s_.\-]+", "", name).casefold()
+    """Names that differ in case and in `_`, `-`, `.` and space at most are the same here."""
+    return name.translate(_SEPARATORS).casefold()
 
 
 def kept_columns(value: str | Path | Sequence[str] | None) -> tuple[str, ...]:
@@ -103,14 +105,16 @@ def kept_columns(value: str | Path | Sequence[str] | None) -> tuple[str, ...]:
         return ()
     if not isinstance(value, str | Path):
         return tuple(value)
-    text = str(value)
-    if "," not in text and ("/" in text or text.endswith((".txt", ".csv")) or Path(text).is_file()):
-        path = regular_file(text, "a file with a column's name a line", "check --omics-columns")
+    if isinstance(value, Path) or kind_of(value) == "a file":
+        path = regular_file(value, _LIST, "check --omics-columns")
         try:
-            text = path.read_text(encoding="utf-8-sig").replace("\n", "\0")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: expected a column's name a line in UTF-8, got {error}; save it again") from error
-    names = tuple(name.strip() for name in re.split("[\0]" if "\0" in text else ",", text) if name.strip())
+            with open_text(path, sniff(path, _LIST, largest=_LARGEST_LIST)) as file:
+                found = file.read().splitlines()
+        except READ_ERRORS as error:
+            raise unreadable(path, _LIST, error) from error
+    else:
+        found = value.split(",")
+    names = tuple(name.strip() for name in found if name.strip())
     if not names:
         raise InputError(
             f"omics-columns: expected names, a file with one a line or {ALL}, got {str(value)!r}; name some"
@@ -174,7 +178,8 @@ class GeneRules:
         return self._but_kept(label_copies(table, classes))
 
     def _but_kept(self, left_out: Mapping[str, str]) -> dict[str, str]:
-        return {name: reason for name, reason in left_out.items() if self.keep != (ALL,) and name not in self.keep}
+        keep = set(left_out) if self.keep == (ALL,) else set(self.keep)
+        return {name: reason for name, reason in left_out.items() if name not in keep}
 
     def _check_kept(self, source: str, columns: Sequence[str]) -> None:
         for name in sorted(set(self.keep) - set(columns)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -200,6 +201,10 @@ def test_one_line_names_the_file_and_the_place(tmp_path: Path, text: str | bytes
 def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     with refused(f"{tmp_path / 'none.csv'}: expected an omics table or a folder of .npy, got nothing there"):
         read_omics(tmp_path / "none.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path, came in ((tmp_path / "pipe.csv", "a named pipe"), ("/dev/zero", "a device"), ("x" * 300, "too long")):
+        with refused(f"{path}: expected an omics table or a folder of .npy, got", came):
+            read_omics(path)
     with refused("expected an omics table (.csv, .csv.gz, .tsv, .tsv.gz, .parquet)", "got .xlsx; convert or rename it"):
         read_omics(write(tmp_path, "x", "a.xlsx"))
     with refused("expected an omics table, got Not a gzipped file"):
