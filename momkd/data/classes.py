@@ -96,7 +96,12 @@ def read_classes(
     ]
     notes += [f"{where}: no cell is {text!r}, which --missing names" for text in options.missing if text not in cells]
     if given is not None:
-        _check_all_given(where, lines, names, given)
+        for line, name in zip(lines, names, strict=True):
+            if name is not None and name not in given:
+                raise InputError(
+                    f"{path}: line {line}: column {column!r}: expected one of {listed(given)}, got {listed([name])}; mend the "
+                    f"cell or empty it, or take such cells as missing with --missing {shlex.quote(name)}"
+                )
         if known is None and (absent := [name for name in given if name not in counts]):
             raise InputError(f"{where}: --classes: expected classes that occur, got {absent[0]!r}; {_has(counts)}")
         return Classes(given, names, False, tuple(notes))
@@ -192,16 +197,6 @@ def _given(known: Sequence[str] | None, options: LabelOptions) -> tuple[str, ...
             f"{listed(chosen)}; give one of the two options"
         )
     return chosen
-
-
-def _check_all_given(where: str, lines: Sequence[int], names: Sequence[str | None], given: tuple[str, ...]) -> None:
-    for line, name in zip(lines, names, strict=True):
-        if name is not None and name not in given:
-            path, _, column = where.rpartition(": column ")
-            raise InputError(
-                f"{path}: line {line}: column {column}: expected one of {listed(given)}, got {name!r}; mend the cell "
-                f"or empty it, or take such cells as missing with --missing {shlex.quote(name)}"
-            )
 
 
 def _positive_last(where: str, order: tuple[str, ...], positive: str, counts: Counter[str]) -> tuple[str, ...]:

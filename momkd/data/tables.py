@@ -55,7 +55,8 @@ class Labels:
         Such as "label HER2: 612 negative, 98 positive (the positive class), 12 missing".
         """
         counts = np.bincount(self.table["label"].to_numpy(np.int64) + 1, minlength=len(self.classes) + 1)
-        told = [f"{count} {name}" for count, name in zip(counts[1:], self.classes, strict=True)]
+        names = [f"of class {name}" if name.lstrip("+-").isdigit() else name for name in self.classes]
+        told = [f"{count} {name}" for count, name in zip(counts[1:], names, strict=True)]
         if len(told) == 2:
             told[1] += " (the positive class" + (", as it sorts last; --positive changes it)" if self.guessed else ")")
         if len(told) > _SHOWN:

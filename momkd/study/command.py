@@ -62,6 +62,7 @@ def study_of(
     check_folder(out)
     for task in tasks:
         check_name(task, "--label", "names of labels")
+    tasks = tuple(dict.fromkeys(tasks))
     turned = _dials(dials)
     if features is not None and labels is not None:
         named = tuple(tasks) or (read_labels(labels, options=LabelOptions(missing=tuple(missing))).name,)
