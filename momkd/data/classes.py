@@ -99,8 +99,8 @@ def read_classes(
         for line, name in zip(lines, names, strict=True):
             if name is not None and name not in given:
                 raise InputError(
-                    f"{path}: line {line}: column {column!r}: expected one of {listed(given)}, got {listed([name])}; mend the "
-                    f"cell or empty it, or take such cells as missing with --missing {shlex.quote(name)}"
+                    f"{path}: line {line}: column {column!r}: expected one of {listed(given)}, got {listed([name])}; "
+                    f"mend the cell or empty it, or take such cells as missing with --missing {shlex.quote(name)}"
                 )
         if known is None and (absent := [name for name in given if name not in counts]):
             raise InputError(f"{where}: --classes: expected classes that occur, got {absent[0]!r}; {_has(counts)}")

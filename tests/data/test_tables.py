@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momkd.data import LabelOptions, Labels, read_labels
+from momkd.data.atomic import spreadsheet_cell
 from tests.data.conftest import refused
 
 
@@ -293,7 +294,7 @@ ids = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_s
 @given(rows=st.dictionaries(ids, st.tuples(ids, st.sampled_from(["0", "1", "", "2"])), min_size=1, max_size=8))
 def test_any_ids_come_back(tmp_path_factory: pytest.TempPathFactory, rows: dict[str, tuple[str, str]]) -> None:
     def quoted(cell: str) -> str:
-        return '"' + cell.replace('"', '""') + '"'
+        return '"' + spreadsheet_cell(cell).replace('"', '""') + '"'
 
     lines = [",".join(map(quoted, (slide, case, label))) for slide, (case, label) in rows.items()]
     path = table(tmp_path_factory.mktemp("any"), "slide_id,case_id,label\n" + "\n".join(lines))
