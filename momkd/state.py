@@ -107,10 +107,10 @@ def _wrong_optimizer(given: OptimizerState, optimizer: torch.optim.Optimizer) ->
     if len(given.param_groups) != len(groups):
         return f"optimizer: expected {len(groups)} groups, got {len(given.param_groups)}"
     for theirs, ours in zip(given.param_groups, groups, strict=True):
-        if not _is_rate(theirs.get("lr")) or theirs.get("params") != ours["params"]:
+        if not _is_rate(theirs.get("lr")) or not _is_same(theirs.get("params"), ours["params"]):
             return "optimizer: expected the parameters of this model and their rate, got others"
         for name, value in ours.items():
-            if name not in _FREE and name in theirs and theirs[name] != value:
+            if name not in _FREE and name in theirs and not _is_same(theirs[name], value):
                 return f"optimizer: expected {name}={value} as configured, got another"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, tensors in given.state.items():
@@ -139,9 +139,18 @@ def _wrong_schedule(given: dict[str, Any], schedule: ReduceLROnPlateau) -> str |
     for name, value in schedule.state_dict().items():
         came = given.get(name, value)
         moved = name in _MOVING and all(map(_is_number, came if isinstance(came, list) else [came]))
-        if not moved and came != value:
+        if not moved and not _is_same(came, value):
             return f"schedule: expected {name}={value} as configured, got {short(came)}"
     return None
+
+
+def _is_same(came: object, value: object) -> bool:
+    """Whether what came is this plain value; a tensor or whatever else may have come is not compared."""
+    if type(came) is not type(value):
+        return False
+    if isinstance(came, list | tuple) and isinstance(value, list | tuple):
+        return len(came) == len(value) and all(map(_is_same, came, value))
+    return bool(came == value)
 
 
 def _is_number(value: object) -> bool:

@@ -90,6 +90,8 @@ def fitted(value: Any, schema: Any, *, source: str, remedy: str, strict: bool = 
         return msgspec.convert(value, schema, strict=strict, dec_hook=_instance)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
         raise InputError(f"{source}: {_explained(one_line(error), value)}; {remedy}") from error
+    except AttributeError as error:  # msgspec takes a tensor for a mapping
+        raise InputError(f"{source}: expected names with values, got a tensor in their place; {remedy}") from error
 
 
 def _explained(told: str, value: Any) -> str:
