@@ -300,9 +300,10 @@ class Trainer:
         self.model.eval()
         classes, _, width = memory.memory.shape
         reservoir = Reservoir(classes, self.config.memory.reservoir, width, self.device)
+        drawn = (seed, self.epoch, 1)  # where max_patches bounds a slide, it bounds it here too
         with distributed.together():
             plan, mine = own_batches(self.training)
-            with contextlib.closing(self.training.batches(plan, only=mine, device=self.device)) as batches:
+            with contextlib.closing(self.training.batches(plan, seed=drawn, only=mine, device=self.device)) as batches:
                 for batch in batches:
                     with autocast(self.device, self.options.amp):
                         rows = self.losses(batch).memory_rows

@@ -72,6 +72,17 @@ def test_it_learns(preset: str, settings: list[str]) -> None:
     assert last < first
 
 
+def test_max_patches_bounds_what_fills_the_memory_too() -> None:
+    training = slides(24, 0)
+    training.max_patches = 7
+    made, seen = trainer("fast", training=training), []
+    step = made.model.training_step
+    made.model.training_step = lambda bags, *given: seen.append(max(bags.lengths)) or step(bags, *given)  # type: ignore
+    made._fill_memory()
+    assert made.model.memory.is_filled
+    assert max(seen) == 7
+
+
 def test_what_is_kept_is_the_epoch_of_the_best_score() -> None:
     made = trainer("abmil", "train.epochs=6")
     model = made.run()
