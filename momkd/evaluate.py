@@ -20,7 +20,7 @@ from momkd.data.outputs import check_outputs, run_files
 from momkd.data.splits import match_splits, read_splits
 from momkd.data.tables import read_labels
 from momkd.errors import InputError
-from momkd.inference import device_cache, none_left, pick_device, probabilities
+from momkd.inference import budget_of, device_cache, none_left, pick_device, probabilities
 from momkd.metrics import evaluate_predictions
 from momkd.plots import plot_roc, plot_training
 from momkd.predict import threshold_of
@@ -71,6 +71,7 @@ def evaluate_external(
     device: str | None = None,
     graphs: Path | str | None = None,
     label_options: LabelOptions | None = None,
+    patch_budget: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, str]:
     """Predicts another cohort with the model of every fold and writes predictions_external.csv into the run.
@@ -84,6 +85,7 @@ def evaluate_external(
         skip_bad: leave out slides that cannot be used.
         device, graphs: as for training.
         label_options: what is missing and which cases there are; the classes are the run's.
+        patch_budget: patches computed at a time, as in `predict_run`.
         report: called with each line that a user should know, on rank 0.
 
     Returns:
@@ -114,12 +116,13 @@ def evaluate_external(
         cohort.sizes,
         cohort.read,
         slides_per_step=options.slides_per_step,
-        patch_budget=options.patch_budget,
+        patch_budget=budget_of(run, patch_budget),
         cache_bytes=int(options.cache_gb * 1e9),
         pin=where.type == "cuda",
         graph=cohort.graphs,
         skipped=cohort.skipped if skip_bad else None,
         device_cache=device_cache(options, where),
+        read_blocks=cohort.blocks,
     )
     parts = []
     for fold in run.info.folds:

@@ -475,6 +475,7 @@ def _loader(
         graph=None if cohort is None else cohort.graphs,
         skipped=skipped,
         device_cache=kept,
+        read_blocks=None if cohort is None else cohort.blocks,
     )
 
 

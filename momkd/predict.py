@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ import pandas as pd
 import torch
 
 from momkd.bootstrap import Floats
-from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.atomic import make_folder, write_csv
-from momkd.data.batch import Batch
 from momkd.data.ids import TCGA_CASE, is_barcode, match_ids, matched_note
 from momkd.data.outputs import check_outputs, check_replaced, run_files
 from momkd.data.own import read_json
@@ -23,8 +22,7 @@ from momkd.data.slides import write_hdf5
 from momkd.data.sources import SlideSource
 from momkd.data.tables import read_cases
 from momkd.errors import InputError
-from momkd.inference import autocast, finite_rows, none_left, open_slides, pick_device
-from momkd.models import Prediction
+from momkd.inference import Seen, none_left, open_slides, pick_device, see
 from momkd.patients import by_patient, check_rule
 from momkd.predictions import (
     PREDICT,
@@ -51,6 +49,7 @@ def predict_run(
     skip_bad: bool = False,
     device: str | None = None,
     graphs: Path | str | None = None,
+    patch_budget: int | None = None,
     report: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -73,6 +72,8 @@ def predict_run(
         skip_bad: leave out slides that cannot be used, instead of ending.
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2.
+        patch_budget: patches computed at a time, a larger slide comes in blocks of so many (but for gatv2); None takes
+            that of the run.
         report: called with (slides done, slides).
         note: called with what a person should know, in one line.
 
@@ -91,7 +92,7 @@ def predict_run(
     rule = check_rule(patients or run.config.train.patients)
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
-    cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
+    cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs, patch_budget=patch_budget)
     note = note or (lambda text: None)
     for told in cohort.notes:
         note(told)
@@ -101,18 +102,13 @@ def predict_run(
         check_replaced((folder / f"{slide}.h5" for slide in cohort.paths), "attention")
     slides: list[str] = []
     probs: list[Floats] = []
-    with closing(loader.batches(loader.once(), device=where)) as batches:
-        for batch in batches:
-            room = memory_for(batch.slide_ids, batch.bags.num_rows, "predict", INFERENCE, where)
-            with room, torch.inference_mode(), autocast(where, run.config.train.amp):
-                each = [model(batch.bags) for model in models]
-            seen = None if folder is None else torch.cat([p.attention.float() for p in each], 1)
-            good = finite_rows(loader, batch, torch.cat([p.logits for p in each], 1), seen)
-            mean = torch.stack([torch.softmax(p.logits.double(), 1) for p in each]).mean(0)
-            slides += [batch.slide_ids[bag] for bag in good]
-            probs.append(mean[good].cpu().numpy())
+    with closing(see(models, loader, loader.once(), where, amp=run.config.train.amp)) as batches:
+        for seen in batches:
+            mean = torch.stack([torch.softmax(p.logits.double(), 1) for p in seen.each]).mean(0)
+            slides += [seen.slide_ids[bag] for bag in seen.good]
+            probs.append(mean[seen.good].cpu().numpy())
             if folder is not None:
-                _write_attention(folder, cohort.source, batch, good, each, used)
+                _write_attention(folder, cohort.source, seen, used)
             if report is not None:
                 report(len(slides), len(cohort))
     if not slides:
@@ -189,16 +185,15 @@ def threshold_of(run: Run, folds: Sequence[int], *, patients: str | None = None)
 def _write_attention(
     folder: Path,
     source: SlideSource,
-    batch: Batch,
-    good: Sequence[int],
-    each: Sequence[Prediction],
+    seen: Seen,
     folds: Sequence[int],
 ) -> None:
+    each = seen.each
     mean = torch.stack([p.attention.float() for p in each]).mean(0)  # (N, H)
     slots = torch.stack([p.slots for p in each if p.slots is not None]) if each[0].slots is not None else None
-    edges = batch.bags.offsets.tolist()
-    for bag in good:
-        slide, a, b = batch.slide_ids[bag], edges[bag], edges[bag + 1]
+    edges = [0, *accumulate(seen.lengths)]
+    for bag in seen.good:
+        slide, a, b = seen.slide_ids[bag], edges[bag], edges[bag + 1]
         coords, attrs = source.coords(slide)
         with write_hdf5(folder / f"{check_id(slide, source.name(slide))}.h5") as file:
             file.create_dataset("attention", data=mean[a:b].cpu().numpy())

@@ -46,6 +46,10 @@ Device = Annotated[str | None, typer.Option("--device", help="Such as cpu or cud
 Graphs = Annotated[
     Path | None, typer.Option("--graphs", help="Folder that keeps graphs of patches, for the encoder gatv2.")
 ]
+PatchBudget = Annotated[
+    int | None,
+    typer.Option("--patch-budget", min=1, max=2**31 - 1, help="Patches computed at a time; fewer take less memory."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out slides that cannot be used, and list them.")]
 OmicsColumns = Annotated[
     str | None,

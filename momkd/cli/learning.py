@@ -21,6 +21,7 @@ from momkd.cli.common import (
     Missing,
     Omics,
     OmicsColumns,
+    PatchBudget,
     Patients,
     Positive,
     SkipBad,
@@ -110,6 +111,7 @@ def evaluate(
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
+    patch_budget: PatchBudget = None,
     missing: Missing = None,
     case_from: CaseFrom = None,
 ) -> None:
@@ -125,6 +127,7 @@ def evaluate(
         skipped: dict[str, str] = {}
         if features is not None and labels is not None:
             options: dict[str, Any] = {"label": label, "skip_bad": skip_bad, "device": device, "graphs": graphs}
+            options |= {"patch_budget": patch_budget}
             options |= {"label_options": label_options(missing=missing, case_from=case_from), "report": note}
             skipped = evaluate_external(opened, features, labels, **options)
         if distributed.first():
@@ -153,6 +156,7 @@ def predict(
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
+    patch_budget: PatchBudget = None,
 ) -> None:
     """Predict slides from their features alone, by the mean of the folds' models."""
     from momkd.predict import predict_run
@@ -175,6 +179,7 @@ def predict(
             skip_bad=skip_bad,
             device=device,
             graphs=graphs,
+            patch_budget=patch_budget,
             report=lambda done, total: bar.update(task, completed=done, total=total),
             note=notes.append,
         )
@@ -212,6 +217,7 @@ def explain(
     skip_bad: SkipBad = False,
     device: Device = None,
     graphs: Graphs = None,
+    patch_budget: PatchBudget = None,
     missing: Missing = None,
 ) -> None:
     """Show what a model looks at: maps of attention, also for QuPath, and the patches behind its prototypes."""
@@ -234,6 +240,7 @@ def explain(
             skip_bad=skip_bad,
             device=device,
             graphs=graphs,
+            patch_budget=patch_budget,
             report=lambda done, total: bar.update(task, completed=done, total=total),
         )
     say_skipped(made.skipped)

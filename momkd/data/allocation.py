@@ -10,7 +10,8 @@ import torch
 from momkd.errors import InputError
 
 TRAINING = ("train.patch_budget", "train.max_patches, model.hidden_features")  # of several slides, of any
-INFERENCE = ("train.patch_budget in the config.toml of the run", "the number of patches; or use --device cpu")
+_BLOCKS = "--patch-budget (while training: train.patch_budget), or use --device cpu"  # also of one slide: it has blocks
+INFERENCE = (_BLOCKS, _BLOCKS)
 COPYING = ("train.patch_budget", "train.max_patches, train.device_cache_gb")
 READING = ("train.patch_budget", "train.cache_gb")
 _TEXTS = ("can't allocate memory", "out of memory", "not enough memory", "_ALLOC_FAILED", "bad_alloc", "bad allocation")
@@ -46,7 +47,7 @@ def memory_for(
             raise
         shown = ", ".join(map(repr, slide_ids[:3])) + (", ..." if len(slide_ids) > 3 else "")
         named = f"slide {shown}" if len(slide_ids) == 1 else f"{len(slide_ids)} slides ({shown})"
-        remedy = f"{lower[0]} or {lower[1]}" if len(slide_ids) > 1 else lower[1]
+        remedy = " or ".join(dict.fromkeys(lower if len(slide_ids) > 1 else lower[1:]))
         raise InputError(
             f"{named}: expected memory of {device} to {doing} {patches} patches, got none left; lower {remedy}"
         ) from error

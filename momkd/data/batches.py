@@ -139,7 +139,7 @@ class BagLoader:
         """Whether a batch of a plan is one slide larger than `patch_budget` that `blocks` reads piece by piece."""
         return self.read_blocks is not None and self.graph is None and sum(self.patches(batch)) > self.patch_budget
 
-    def blocks(self, row: int) -> Iterator[Tensor]:
+    def blocks(self, row: int) -> Generator[Tensor, None, None]:
         """Features of a slide, `patch_budget` patches at a time, (n, L); kept where the cache has room.
 
         Raises:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from momkd.bootstrap import Floats
-from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.batches import BagLoader
-from momkd.inference import autocast, finite_rows
-from momkd.models import MILModel, MoMKD
+from momkd.inference import see
+from momkd.models import MILModel
 from momkd.nn import MemoryBank
 from momkd.predictions import decide
 
@@ -77,27 +78,22 @@ def look(
         most: m, the patches of a slide kept for each prototype.
     """
     memory = None if prototypes is None else prototypes.flatten(0, 1).to(device)
-    with closing(loader.batches(plan, device=device)) as batches:
-        for batch in batches:
-            bags = batch.bags
-            room = memory_for(batch.slide_ids, bags.num_rows, "explain", INFERENCE, device)
-            with room, torch.inference_mode(), autocast(device, amp):
-                if memory is not None and isinstance(model, MoMKD):
-                    found = model.project(bags)
-                    prediction, patches, slides = found.prediction, found.patches, found.slides
-                else:
-                    prediction, patches, slides = model(bags), None, None
+    options: dict[str, Any] = {"amp": amp, "doing": "explain", "projected": memory is not None}
+    with closing(see([model], loader, plan, device, **options)) as batches:
+        for seen in batches:
+            (prediction,) = seen.each
             probs = torch.softmax(prediction.logits.double(), 1).cpu().numpy()
             predicted = decide(probs, threshold).tolist()
             attention = prediction.attention.float().cpu().numpy().astype(np.float64)  # (N, H)
-            edges = bags.offsets.tolist()
-            for b in finite_rows(loader, batch, prediction.logits, prediction.attention):
+            edges = [0, *accumulate(seen.lengths)]
+            for b in seen.good:
                 first, last = edges[b], edges[b + 1]
                 head = predicted[b] if attention.shape[1] > 1 else 0
                 near = None
-                if memory is not None and patches is not None and slides is not None:
-                    near = nearest(patches[first:last], memory, slides[b, head], most)
-                yield SlideView(batch.slide_ids[b], probs[b], predicted[b], attention[first:last, head], near)
+                if memory is not None and seen.projections:
+                    (found,) = seen.projections
+                    near = nearest(found.patches[first:last], memory, found.slides[b, head], most)
+                yield SlideView(seen.slide_ids[b], probs[b], predicted[b], attention[first:last, head], near)
 
 
 @torch.inference_mode()

@@ -73,6 +73,7 @@ def explain_run(
     skip_bad: bool = False,
     device: str | None = None,
     graphs: Path | str | None = None,
+    patch_budget: int | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> Explained:
     """Explains the model of one fold on every slide of a folder. Memory holds a few batches, and a row a slide.
@@ -90,6 +91,7 @@ def explain_run(
         skip_bad: leave out slides that cannot be used, instead of ending.
         device: such as "cuda:1"; None takes a GPU where there is one.
         graphs: folder where graphs of patches are kept, for the encoder gatv2.
+        patch_budget: patches computed at a time, as in `predict_run`.
         report: called with (slides done, slides); those with a map count twice.
 
     Raises:
@@ -108,7 +110,7 @@ def explain_run(
     table = _known_labels(run, labels, label, label_options)
     prototypes = unit_prototypes(model.memory) if isinstance(model, MoMKD) and model.memory.is_filled else None
     with whole_folder(out, name="an explanation", mark=_MARK, overwrite=True) as folder:
-        cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs)
+        cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs, patch_budget=patch_budget)
         view = View(run, fold, model, prototypes, cohort, loader, where, options)
         view.notes.extend((*_facts(view, features), *cohort.notes))
         known: dict[str, int] = {}

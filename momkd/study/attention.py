@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from momkd.data.allocation import INFERENCE, memory_for
 from momkd.data.ids import under_ids
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
-from momkd.inference import autocast, finite_rows, open_slides, pick_device
+from momkd.inference import open_slides, pick_device, see
 from momkd.metrics import attention_auc
 from momkd.predictions import check_predictions, read_predictions
 from momkd.runs import PREDICTIONS, Run
@@ -55,14 +53,11 @@ def attention_table(
         name_of = under_ids({slide: slide for slide in test["slide_id"]}, place)  # that of the run
         wanted = [slide for slide in name_of if slide in known_slides]
         model = run.load_model(fold, where)
-        with closing(loader.batches([[place[slide]] for slide in wanted], device=where)) as batches:
-            for batch in batches:
-                (slide,) = batch.slide_ids
-                room = memory_for(batch.slide_ids, batch.bags.num_rows, "predict", INFERENCE, where)
-                with room, torch.inference_mode(), autocast(where, run.config.train.amp):
-                    seen = model(batch.bags)
-                finite_rows(loader, batch, seen.logits, seen.attention)
-                attention = seen.attention[:, -1].float().cpu().numpy()
+        plan = [[place[slide]] for slide in wanted]
+        with closing(see([model], loader, plan, where, amp=run.config.train.amp)) as batches:
+            for seen in batches:
+                (slide,), (prediction,) = seen.slide_ids, seen.each
+                attention = prediction.attention[:, -1].float().cpu().numpy()
                 own = known_slides[slide]
                 if not np.array_equal(own["row"], np.arange(len(attention))):
                     raise InputError(
