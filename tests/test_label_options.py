@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -10,13 +11,15 @@ import pandas as pd
 import pytest
 import torch
 
+from momkd import evaluate
 from momkd.data import LabelOptions
 from momkd.data.cohort import open_cohort
 from momkd.data.pack import pack
 from momkd.runs import Run
 from momkd.simulate import SimulatedCohort
-from momkd.study import StudyCohort
+from momkd.study import Study, StudyCohort
 from momkd.study.labels import read_task, task_options
+from momkd.study.run import _make_splits
 from tests.command import Done, momkd, one_line
 from tests.data.conftest import refused
 
@@ -36,6 +39,15 @@ def train(cohort: SimulatedCohort, out: Path, *options: object, **paths: Path) -
     given = {"features": cohort.features, "labels": cohort.labels, "splits": cohort.splits} | paths
     words = [word for name, path in given.items() for word in (f"--{name}", path)]
     return momkd("train", *words, "--out", out, *QUICK, *options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plots() -> Iterator[None]:
+    """They are drawn by other tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("plot_roc", "plot_training"):
+            patched.setattr(evaluate, name, lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +214,18 @@ def test_a_study_takes_the_options_and_keeps_to_them(tiny_cohort: SimulatedCohor
     assert (
         "expected the classes ['pos', 'neg'] as when it began, got ['neg', 'pos']; give the same --positive" in message
     )
-    splits = tmp_path / "study" / "splits" / "HER2" / "seed_0"
-    before = {path.name: path.read_bytes() for path in splits.iterdir()}
-    (splits / "splits_1.csv").unlink()  # as if writing them had been interrupted
-    assert momkd(*words, "--positive", "neg").code == 0
-    assert {path.name: path.read_bytes() for path in splits.iterdir()} == before
+
+
+def test_splits_of_a_study_that_are_a_part_are_written_again(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
+    study = Study(tmp_path, StudyCohort(tiny_cohort.features, tiny_cohort.labels, ("label",)), (), folds=3)
+    labels = read_task(study.cohort, "label")
+    folder = study.splits("label", 0)
+    _make_splits(study, labels, "label", 0)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for lost in whole:
+        (folder / lost).unlink()
+        _make_splits(study, labels, "label", 0)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
 def test_options_of_several_labels_name_theirs() -> None:
