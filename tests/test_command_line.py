@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,11 +20,13 @@ from rich.table import Table
 
 from momkd import demo, dispatch
 from momkd.cli.ending import BUG, one_clear_line
+from momkd.data import raw
 from momkd.data.atomic import make_folder, write_text
 from momkd.device import pick_device
 from momkd.errors import BackendError, InputError, RankError
 from momkd.names import check_name
 from momkd.simulate import SimulatedCohort
+from momkd.simulate import write as momkd_simulate
 from momkd.terminal import note, printable, say, show
 from tests.command import Done, ended, momkd, one_line
 
@@ -317,3 +322,50 @@ def test_a_demonstration_is_replaced_and_nothing_else(tmp_path: Path, monkeypatc
     (out / "report" / "mine.txt").write_text("years of work")
     assert "got also 'report/mine.txt'; move it elsewhere" in one_line(momkd("demo", "--out", out))
     assert (out / "report" / "mine.txt").read_text() == "years of work"
+
+
+# -- interrupts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ("graph features --out NEW/graphs", {"graphs"}),
+        ("pack features --out NEW/all.h5", {".all.h5.partial", ".all.h5.journal"}),  # it goes on there
+        ("predict run --features features --out NEW/p.csv", set()),
+        ("explain run --features features --out NEW/explained", set()),
+        ("evaluate run --features features --labels labels.csv", set()),
+        ("train --features features --labels labels.csv --splits splits --out NEW/run", {"run"}),
+        ("study --features features --labels labels.csv --seeds 1 --arms abmil --out NEW/study", {"study"}),
+        ("simulate NEW/cohort --slides 20 --patches 20 --features 8", set()),
+        ("demo --fast --out NEW/demo", {"demo"}),
+    ],
+)
+def test_an_interrupt_leaves_nothing_half_done(
+    words: str, left: set[str], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def interrupted(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            calls.append(given)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGINT)  # in whichever thread this is, it reaches the main one
+            return plain(*given, **named)
+
+        return call
+
+    read, write = ("read_coords" if words.startswith("graph") else "read_features"), momkd_simulate.write_trident
+    monkeypatch.setattr(raw._RawHdf5, read, interrupted(getattr(raw._RawHdf5, read)))
+    monkeypatch.setattr(momkd_simulate, "write_trident", interrupted(write))
+    monkeypatch.chdir(project)
+    before, handler = contents(project), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = momkd(*words.replace("NEW", str(tmp_path)).split())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert done.code == 130, done.err
+    assert done.err == "momkd: interrupted\n"
+    assert contents(project) == before
+    assert {path.name for path in tmp_path.iterdir()} <= left
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name or path.name == "run.lock"]
