@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -104,9 +103,13 @@ def test_the_option_of_the_commands(cohort: SimulatedCohort, tmp_path: Path, mon
     for command, given in options.items():
         with pytest.raises(InputError, match=r"expected a column 'stages', .* got none; did you mean 'Stage'"):
             CliRunner().invoke(cli.app, [command, *map(str, files + given)], catch_exceptions=False)
-    monkeypatch.setattr("momkd.experiment.evaluate_run", lambda run: None)
+    monkeypatch.setattr("momkd.experiment._train_fold", lambda *_: None)
+    monkeypatch.setattr("momkd.experiment._finish", lambda run, inputs: run)
     run = train_run(
         None, cohort.labels, cohort.splits, tmp_path / "run", config=CONFIG, omics=cohort.omics, omics_columns="copy"
     )
     assert run.info.data["omics_columns"] == "copy"
-    assert "copy" in json.loads((run.fold(0) / "genes.json").read_text())["genes"]
+    run.fold(0).mkdir(exist_ok=True)
+    (run.fold(0) / "state.pt").touch()
+    with pytest.raises(InputError, match="expected the omics that it began with, got others"):
+        train_run(None, cohort.labels, cohort.splits, run.folder, config=CONFIG, omics=cohort.omics, resume=True)
