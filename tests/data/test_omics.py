@@ -130,7 +130,7 @@ def test_wide_tables_take_time_by_their_cells(tmp_path: Path, genes: int, cases:
     path = write(tmp_path, "\n".join([header, *rows]))
     start = time.process_time()
     got = read_omics(path)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 10
     np.testing.assert_array_equal(got.table.to_numpy(), values)
 
 
