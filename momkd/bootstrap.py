@@ -172,12 +172,12 @@ class _Group:
         names, codes = np.unique(np.concatenate([rows.cases for rows in folds]), return_inverse=True)
         self.patients = len(names)
         self.codes = np.split(codes, np.cumsum([len(rows.cases) for rows in folds])[:-1])
-        needed = []  # which patients bring a class to a fold that has every class
+        needed = []  # which patients bring what a resample must have: a class to a fold that has every class
         for rows, fold_codes in zip(folds, self.codes, strict=True):
             brings = np.zeros((self.patients, rows.probs.shape[1]))
             brings[fold_codes, rows.labels] = 1
-            if rows.complete:
-                needed.append(brings)
+            # of a fold that lacks a class, any patient: without one its accuracy is undefined
+            needed.append(brings if rows.complete else (brings > 0).any(axis=1, keepdims=True).astype(np.float64))
         self.needed = np.concatenate(needed, axis=1) if needed else np.zeros((self.patients, 0))
 
     def draw(self, rng: np.random.Generator, count: int) -> Floats:

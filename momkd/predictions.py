@@ -133,8 +133,8 @@ def check_predictions(predictions: pd.DataFrame, classes: Sequence[str], source:
     check.all(known, "label", f"one of the classes {names}, or nothing", "check the classes")
     table["label"] = labels
     numbers = pd.to_numeric(table["fold"], errors="coerce").astype(np.float64)
-    whole = (numbers == numbers.round()) & (numbers.abs() <= 2**53)  # false for NaN
-    check.all(whole, "fold", "a whole number", "number the folds")
+    whole = (numbers == numbers.round()) & numbers.between(0, 2**31)  # false for NaN
+    check.all(whole, "fold", "a whole number from 0 on", "number the folds")
     table["fold"] = numbers.astype(np.int64)
     check.all(table["part"].isin(PARTS), "part", "val, test or external", "name the part")
     for column in probs:

@@ -285,6 +285,16 @@ def test_folds_that_share_patients_are_resampled_together() -> None:
     assert independent["high"] - independent["low"] < 0.85 * (b["test"]["auc"]["high"] - b["test"]["auc"]["low"])
 
 
+def test_a_fold_of_one_patient_that_others_share_has_an_accuracy_in_every_resample() -> None:
+    """A joint resample may hold none of its slides, and then its accuracy would be 0 / 0."""
+    shared = ["a", "b", "c", "d"]
+    one = fold_table(0, [0, 1, 0, 1], [0.1, 0.7, 0.6, 0.8], patients=shared)
+    two = fold_table(1, [0], [0.2], patients=["a"])
+    got = evaluate_predictions(pd.concat([one, two]), CLASSES, bootstrap=200)
+    json.dumps(got, allow_nan=False)
+    assert got["test"]["accuracy"]["low"] is not None
+
+
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     """Scores N(1, 1) against N(0, 1): the true AUC is Φ(1/√2) = 0.7602."""
     hits, reps = 0, 150
@@ -404,8 +414,9 @@ def _with(column: str, value: object) -> pd.DataFrame:
         (_with("label", 2), "label: expected one of the classes 'neg', 'pos', or nothing, got 2; check the classes"),
         (_with("label", "Pos"), "label: expected one of the classes 'neg', 'pos', or nothing, got Pos"),
         (_with("label", 0.5), "label: expected one of the classes 'neg', 'pos', or nothing, got 0.5"),
-        (_with("fold", 0.5), "fold: expected a whole number, got 0.5"),
-        (_with("fold", 1e300), "fold: expected a whole number, got 1e"),
+        (_with("fold", 0.5), "fold: expected a whole number from 0 on, got 0.5"),
+        (_with("fold", 1e300), "fold: expected a whole number from 0 on, got 1e"),
+        (_with("fold", -1), "fold: expected a whole number from 0 on, got -1"),
         (_with("part", "train"), "part: expected val, test or external, got train"),
         (_with("case_id", None), "case_id: expected an id"),
         (_with("slide_id", "s0-test-0"), "one row a fold and part, got s0-test-0"),
