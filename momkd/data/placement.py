@@ -139,11 +139,11 @@ def _of_a_level(attrs: dict[str, Any]) -> Placement:
 
 
 def _number(attrs: Mapping[str, Any], key: str) -> float | None:
-    """An attribute that is a positive number."""
+    """An attribute that is a number such as sizes have."""
     value = attrs.get(key)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e12:
         return None
     return float(value)
 

@@ -110,6 +110,10 @@ def _features_of(path: Path, file: h5py.File) -> tuple[str, h5py.Dataset]:
     name = only_features(there) if item is None else None
     if name is not None and isinstance(item := own(file, name), h5py.Dataset):
         return name, item
+    if list(there) == ["coords"]:
+        raise InputError(
+            f"{path}: expected features, got coordinates of patches alone; give the folder of the features"
+        )
     listed = ", ".join(key[:40] for key in list(there)[:8]) + (", ..." if len(there) > 8 else "")
     raise InputError(
         f"{path}: expected a dataset 'features', got {listed or 'no dataset at all'}; rename it or extract again"

@@ -24,6 +24,7 @@ from momkd.data.placement import Placement, check_spacing, placement
 from momkd.data.raw import SUFFIXES, Array, Raw, all_finite, open_raw
 from momkd.errors import InputError
 
+_FOLDERS = 100_000  # of a tree of feature files
 _FURTHEST = 2**52  # of coordinates: their differences are exact in float64
 _BLOCK = 1 << 22  # values that one step of the finite check looks at, to bound its memory
 
@@ -92,9 +93,14 @@ def _files_of(folder: Path, *, nested: bool) -> list[Path]:
     """Feature files, sorted, of a folder or of all folders in it."""
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()  # folders, so that links which lead back end
-    waiting = [folder]
-    while waiting:
-        place = waiting.pop()
+    above = Path(os.path.realpath(folder)).parents
+    waiting, links = [folder], list[Path]()
+    while waiting or links:
+        place = waiting.pop() if waiting else links.pop()  # a folder goes by its own name, if it has one here
+        if len(seen) >= _FOLDERS:
+            raise InputError(
+                f"{folder}: expected feature files in at most {_FOLDERS} folders, got more; check --features"
+            )
         try:
             state = place.stat()
             entries = [] if (state.st_dev, state.st_ino) in seen else sorted(os.scandir(place), key=lambda e: e.name)
@@ -107,6 +113,9 @@ def _files_of(folder: Path, *, nested: bool) -> list[Path]:
             with contextlib.suppress(OSError):  # a link to itself
                 if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
                     files.append(place / entry.name)
+                elif nested and entry.is_symlink():
+                    if entry.is_dir() and Path(os.path.realpath(entry.path)) not in above:
+                        links.append(place / entry.name)
                 elif nested and entry.is_dir():
                     waiting.append(place / entry.name)
     return sorted(files)

@@ -214,3 +214,14 @@ def test_a_target_that_is_a_pipe(folder: Path, tmp_path: Path) -> None:
         PackedStore(tmp_path / "all.h5")
     os.mkfifo(folder / "d.h5")
     assert list(open_cohort(folder).paths) == ["a", "b", "c"]
+
+
+def test_a_store_is_not_written_among_nested_slides(folder: Path, tmp_path: Path) -> None:
+    (folder / "p1").mkdir()
+    pack(folder, folder / "p1" / "all.h5")  # slides lie in the folder itself: nobody looks there
+    (folder / "p1" / "all.h5").unlink()
+    for slide in "abc":
+        (folder / f"{slide}.h5").rename(folder / "p1" / f"{slide}.h5")
+    with refused("all.h5: expected a file outside", "where it would pass for a slide"):
+        pack(folder, folder / "p1" / "all.h5")
+    assert pack(folder, tmp_path / "all.h5").slides == 3

@@ -293,10 +293,10 @@ CODES = torch.ones(5, 3, dtype=torch.int8)
         ("a.h5", save_h5(values(), np.full((5, 2), b"1")), ("coords: expected whole level-0 pixels, got |S1",)),
         ("a.h5", save_h5(np.zeros((0, 3), np.float32), np.zeros((2, 2), int)), ("coords: expected (0, 2)",)),
         # datasets and keys
-        ("a.h5", save_h5(None, np.zeros((5, 2))), ("expected a dataset 'features', got coords; rename it",)),
+        ("a.h5", save_h5(None, np.zeros((5, 2))), ("expected features, got coordinates of patches alone",)),
         ("a.h5", save_nested, ("expected a dataset 'features', got inner/feats, other",)),
         ("a.h5", save_group, ("expected a dataset 'features', got no dataset at all",)),
-        ("a.h5", save_dangling, ("expected a dataset 'features', got coords",)),
+        ("a.h5", save_dangling, ("expected features, got coordinates of patches alone",)),
         ("a.pt", save_pt({"a": torch.ones(2, 2), "b": torch.ones(2, 3)}), ("'features', got keys a, b; rename",)),
         ("a.pt", save_pt({"feats": torch.ones(2, 2), "x": torch.ones(2, 3)}), ("'features', got keys feats, x",)),
         ("a.pt", save_pt({"coords": torch.ones(2, 2)}), ("got keys coords",)),
@@ -479,7 +479,7 @@ def test_a_folder_without_features(tmp_path: Path) -> None:
         find_slides(tmp_path / "a.h5")
 
 
-def test_folders_in_folders(tmp_path: Path) -> None:
+def test_folders_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One a patient, at any depth; links are followed and may lead in a circle."""
     deep, elsewhere = tmp_path / "top" / "p1" / "block" / "stain", tmp_path / "elsewhere"
     for folder in (deep, tmp_path / "top" / "p2", elsewhere, tmp_path / "top" / ".cache"):
@@ -487,6 +487,8 @@ def test_folders_in_folders(tmp_path: Path) -> None:
         (folder / f"{folder.name}.h5").touch()
     (tmp_path / "top" / "p3").symlink_to(elsewhere)
     (deep / "back").symlink_to(tmp_path / "top")
+    (deep / "up").symlink_to(tmp_path)  # all of the disk may lie there
+    (tmp_path / "top" / "p0").symlink_to(tmp_path / "top" / "p1")
     found = find_slides(tmp_path / "top")
     assert found == {
         "elsewhere": tmp_path / "top" / "p3" / "elsewhere.h5",
@@ -495,6 +497,10 @@ def test_folders_in_folders(tmp_path: Path) -> None:
     }
     with refused("got none; check --features"):
         find_slides(tmp_path / "top", recursive=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(slides, "_FOLDERS", 3)
+        with refused("expected feature files in at most 3 folders, got more"):
+            find_slides(tmp_path / "top")
     (elsewhere / "p2.pt").touch()
     with refused("expected one file a slide, got p2/p2.h5 and p3/p2.pt; give the folder of one of them"):
         find_slides(tmp_path / "top")

@@ -69,7 +69,7 @@ def any_layout(path: Path, rng: random.Random, others: list[bytes]) -> bytes:
     """A damaged file, or a whole one whose attributes contradict one another."""
     if rng.random() < 0.4:
         return mutate(path.read_bytes(), rng, others)
-    values = (*NUMBERS[:12], -1, 0.5, 1e300, float("nan"), float("inf"), (4.0, 4.0), *TEXTS)
+    values = (*NUMBERS[:12], -1, 0.5, 1e300, 5e-324, float("nan"), float("inf"), (4.0, 4.0), *TEXTS)
     attrs = {key: rng.choice(values) for key in rng.sample(KEYS, rng.randrange(6))}
     coords = GRID * rng.choice((1, 0.5, 256.0, 512, 2**40, 1e17))
     options = {"libver": rng.choice((None, "latest")), "userblock_size": rng.choice((0, 512))}
