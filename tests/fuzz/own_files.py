@@ -213,7 +213,7 @@ def use_released(path: Path) -> None:
 
 
 KINDS = {
-    "own files": Kind(own_files, use_own, 700, other_text),
+    "own files": Kind(own_files, use_own, 350, other_text),
     "state": Kind(state_files, use_state, 100, other_tensors),
     "state dicts": Kind(released_files, use_released, 100, other_tensors),
 }
