@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from momkd.data.own import read_bytes, short
+from momkd.data.own import read_bytes, short, why
 from momkd.data.raw import one_line
 from momkd.errors import InputError
 from momkd.patients import RULES
@@ -178,7 +178,7 @@ class Config:
         try:
             table = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # of a number of thousands of digits too
-            raise InputError(f"{source}: expected TOML, got {one_line(error)}; mend the file") from error
+            raise InputError(f"{source}: expected TOML, got {why(error)}; mend the file") from error
         return (base or cls())._replaced(table, source)
 
     def with_settings(self, settings: Sequence[str]) -> Config:

@@ -118,6 +118,8 @@ class RunInfo:
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes: expected different names, got {short(self.classes)} with one twice")
+        if len(set(self.folds)) < len(self.folds):
+            raise ValueError(f"folds: expected different numbers, got {short(self.folds)} with one twice")
 
 
 class FoldMetrics(msgspec.Struct):

@@ -66,7 +66,7 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
         ("memory.momentum=nan", "memory.momentum: expected a number from 0 to 1, got nan"),
         ("train.balanced=maybe", "train.balanced: expected true or false, got 'maybe'"),
         ("model.pooling=gate", "model.pooling: expected memory or gated or both, got 'gate'; did you mean 'gated'?"),
-        ("model.pooling=[1]", "model.pooling: expected memory or gated or both, got a list of 1"),
+        ("model.pooling=[1]", "model.pooling: expected memory or gated or both, got [1]"),
     ],
 )
 def test_wrong_settings(setting: str, message: str) -> None:

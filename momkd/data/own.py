@@ -49,7 +49,7 @@ def read_json(path: Path | str, schema: type[T], *, what: str, remedy: str) -> T
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
         msgspec.json.decode(data)  # stricter: no NaN, no number out of range, no half of a character
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected {what}, got no such JSON ({one_line(error)}); {remedy}") from error
+        raise InputError(f"{path}: expected {what}, got no such JSON ({why(error)}); {remedy}") from error
     made: T = fitted(value, schema, source=str(path), remedy=remedy)
     return made
 
@@ -126,14 +126,24 @@ def short(value: Any) -> str:
     """A value in a few words, for messages."""
     if isinstance(value, Mapping):
         return f"names with {len(value)} values"
-    if isinstance(value, list | tuple) and not (len(value) <= 4 and all(isinstance(x, str | float) for x in value)):
+    if isinstance(value, list | tuple) and not (len(value) <= 4 and all(map(_is_plain, value))):
         return f"a list of {len(value)}"
-    if isinstance(value, int) and abs(value) > 10**40:
+    if isinstance(value, int) and not _is_plain(value):
         return "a number of more than 40 digits"
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 10**40)
+
+
+def why(error: BaseException) -> str:
+    """What a parser says of a text, in one line."""
+    text = one_line(error)
+    return "a number of thousands of digits" if "integer string conversion" in text else text
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
