@@ -212,40 +212,31 @@ def _comparison(
     differences: Mapping[str, Mapping[str, float | None]],
     baseline: str | None,
 ) -> tuple[list[str], list[list[str]]]:
-    """Column heads and rows; columns that no arm fills are left out."""
+    """Column heads and rows; columns that no arm fills are left out. Differences are by slide."""
     if unknown := [name for name in (*differences, *([baseline] if baseline else [])) if name not in metrics]:
         raise InputError(f"comparison: expected one of {', '.join(metrics)}, got {unknown[0]!r}")
     columns = [("test", "auc", "Test AUC")]
     if differences:
         columns.append(("difference", "auc", f"AUC minus that of {baseline or next(iter(metrics))}"))
     columns += [("external", "auc", "External AUC"), ("test", "auprc", "Test AUPRC")]
-    if any(map(_by_patient, metrics.values())):  # the difference is of slides
-        columns = [(part, metric, f"{name} by slide") for part, metric, name in columns]
-        columns += [
-            ("by_patient test", "auc", "Test AUC by patient"),
-            ("by_patient external", "auc", "External AUC by patient"),
-        ]
-    head, cells = ["Arm"], [[name] for name in metrics]
+    lines: list[tuple[str, Mapping[str, Any], Mapping[str, float | None] | None]] = []  # name, metrics, difference
+    for arm, values in metrics.items():
+        difference = differences.get(arm)
+        if _by_patient(values):
+            lines += [(f"{arm}, by slide", values, difference), (f"{arm}, by patient", values["by_patient"], None)]
+        else:
+            lines.append((arm, values, difference))
+    head, cells = ["Arm"], [[name] for name, _, _ in lines]
     for part, metric, name in columns:
         if part == "difference":
-            texts = [estimate_text(differences.get(arm), sign=True) for arm in metrics]
-        elif any(_part(m, part) for m in metrics.values()):
-            texts = [estimate_text(_part(m, part).get(metric)) for m in metrics.values()]
+            texts = [estimate_text(difference, sign=True) for _, _, difference in lines]
+        elif any(part in values for _, values, _ in lines):
+            texts = [estimate_text(values.get(part, {}).get(metric)) for _, values, _ in lines]
         else:
             continue
         head.append(name)
         cells = [[*row, text] for row, text in zip(cells, texts, strict=True)]
     return head, cells
-
-
-def _part(metrics: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """The metrics of a part: "test", or by patient "by_patient test". Empty where there are none."""
-    *level, name = part.split()
-    values = metrics.get("by_patient", {}) if level else metrics
-    if level and not _by_patient(metrics):
-        values = metrics  # one slide each
-    found: Mapping[str, Any] = values.get(name, {})
-    return found
 
 
 def _beside(path: Path, folder: Path, number: int) -> str:

@@ -102,8 +102,8 @@ def test_both_are_shown_by_name() -> None:
     ):
         assert words in shown
     head = text(comparison_table({"x": got}))
-    assert "Test AUC by slide" in head
-    assert "Test AUC by patient" in head
+    assert "x, by slide" in head
+    assert "x, by patient" in head
 
 
 def test_differences_by_patient() -> None:

@@ -77,7 +77,8 @@ def index_html(content: Content, folder: Path) -> str:
     """The page; `folder` is where thumbnails lie."""
     body = [page.note(each) for each in content.notes]
     body += ["<h2>How to read this</h2>", page.items(_guide(content)), "<h2>Slides</h2>"]
-    body += [page.paragraph(f"Classes of {content.label}: {', '.join(content.classes)}. {content.chosen}")]
+    positive = f" (positive: {content.classes[1]})" if len(content.classes) == 2 else ""
+    body += [page.paragraph(f"Classes of {content.label}: {', '.join(content.classes)}{positive}. {content.chosen}")]
     if content.cards:
         body.append(f'<div class="cards">{"".join(_slide(card, content) for card in content.cards)}</div>')
     if content.memory is not None:
