@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from momkd.data.files import regular_file
-from momkd.data.own import Finite, fitted, read_rows_of_numbers, short
+from momkd.data.own import Finite, fitted, read_rows, short
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.runs import check_tensors
@@ -94,7 +94,9 @@ def load_state(
 def read_log(path: Path) -> pd.DataFrame:
     """log.csv: a row an epoch, with its number in the column epoch. Raises InputError where it is no such table."""
     remedy = "remove it, or train this fold again"
-    rows = read_rows_of_numbers(path, what="the log of a training", remedy=remedy)
+    rows = read_rows(path, dict[str, float], what="the log of a training", remedy=remedy)
+    if not rows:
+        raise InputError(f"{path}: expected a row for each epoch, got none; {remedy}")
     if any("epoch" not in row for row in rows):
         raise InputError(f"{path}: expected a column 'epoch', got {', '.join(rows[0])[:80]}; {remedy}")
     table: pd.DataFrame = pd.DataFrame(rows)

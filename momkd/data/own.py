@@ -54,22 +54,26 @@ def read_json(path: Path | str, schema: type[T], *, what: str, remedy: str) -> T
     return made
 
 
-def read_rows_of_numbers(path: Path | str, *, what: str, remedy: str) -> list[dict[str, float]]:
-    """The rows of a CSV table of numbers alone, by name of column; an empty cell is NaN.
+def read_rows(path: Path | str, row: type[T], *, what: str, remedy: str) -> list[T]:
+    """The rows of a CSV table, each as its schema says; an empty cell is "nan".
+
+    Args:
+        path: the file.
+        row: a Struct of the columns, or `dict[str, float]` for a table of numbers alone.
+        what, remedy: as for `read_json`.
 
     Raises:
-        InputError: the file is missing or too large, a row is too short or too long, or a cell is no number.
+        InputError: the file is missing or too large, a row is too short or too long, or a cell doesn't fit.
     """
     text = read_bytes(path, what, remedy)
     try:
         rows = list(csv.DictReader(text.decode("utf-8").splitlines(), restkey="", strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected {what}, got no such table ({one_line(error)}); {remedy}") from error
-    if not rows or "" in rows[0]:
-        raise InputError(f"{path}: expected {what}, got {'unnamed columns' if rows else 'no row'}; {remedy}")
+    if any("" in row for row in rows):
+        raise InputError(f"{path}: expected {what}, got unnamed columns; {remedy}")
     filled = [{name: "nan" if cell == "" else cell for name, cell in row.items()} for row in rows]
-    table: list[dict[str, float]]
-    table = fitted(filled, list[dict[str, float]], source=str(path), remedy=remedy, strict=False)
+    table: list[T] = fitted(filled, list[row], source=str(path), remedy=remedy, strict=False)  # type: ignore[valid-type]
     return table
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 
 from momkd.data.ids import under_ids
+from momkd.data.own import Fold, Share, read_rows
 from momkd.data.text import read_text_table
 from momkd.errors import InputError
 from momkd.inference import open_slides, pick_device, see
@@ -69,3 +71,16 @@ def attention_table(
                     rows.append({"fold": fold, "slide_id": name_of[slide], "attention_auc": auc})
     table: pd.DataFrame = pd.DataFrame(rows, columns=["fold", "slide_id", "attention_auc"])
     return table
+
+
+class AttentionRow(msgspec.Struct):
+    """A row of attention.csv: how well the attention of a fold finds the patches of a slide."""
+
+    fold: Fold
+    slide_id: str
+    attention_auc: Share
+
+
+def read_attention(path: Path) -> list[AttentionRow]:
+    """The table of `attention_table`, as it was written. Raises InputError where it was changed."""
+    return read_rows(path, AttentionRow, what="the attention of a run", remedy="remove it and repeat the study")

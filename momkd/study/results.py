@@ -18,6 +18,7 @@ from momkd.patients import by_patient
 from momkd.predictions import check_predictions, read_predictions
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.study.arms import REFERENCE
+from momkd.study.attention import read_attention
 from momkd.study.run import ATTENTION, Cell, Study
 
 PARTS = ("test", "external")
@@ -102,8 +103,11 @@ def _predictions(cells: Sequence[Cell]) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _attention(cells: Sequence[Cell]) -> float | None:
-    tables = [pd.read_csv(cell.folder / ATTENTION) for cell in cells if (cell.folder / ATTENTION).is_file()]
-    means = [rows["attention_auc"].mean() for table in tables for _, rows in table.groupby("fold")]
+    means = []
+    for path in (cell.folder / ATTENTION for cell in cells):
+        rows = read_attention(path) if path.is_file() else []
+        folds = {row.fold for row in rows}
+        means += [np.mean([row.attention_auc for row in rows if row.fold == fold]) for fold in sorted(folds)]
     return float(np.mean(means)) if means else None
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from momkd.config import Config, read_config
 from momkd.data import own
-from momkd.data.own import read_json, read_rows_of_numbers
+from momkd.data.own import read_json, read_rows
 from momkd.errors import InputError
 from momkd.runs import RunInfo, RunMetrics
 from momkd.state import read_log
+from momkd.study.attention import read_attention
 
 INFO = (
     '{"classes":["a","b"],"label":"x","in_features":5,"folds":[0],"num_splits":1,"data":{},"versions":{},"skipped":{}}'
@@ -97,8 +98,8 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "got no row"),
-        ("epoch,auc\n", "got no row"),
+        ("", "expected a row for each epoch, got none"),
+        ("epoch,auc\n", "expected a row for each epoch, got none"),
         ("epoch,auc\n0,0.5\n1,high\n", "[1][...]: expected float, got str"),
         ("epoch,auc\n0,0.5,7\n", "got unnamed columns"),
         ("epoch,auc\n0\n", "expected float, got nothing"),
@@ -116,7 +117,7 @@ def test_a_log(tmp_path: Path, text: str, message: str) -> None:
 def test_a_log_that_is_one(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("epoch,val_auc\n0,\n1,0.75\n")
-    assert read_rows_of_numbers(path, what="a log", remedy="train")[1] == {"epoch": 1.0, "val_auc": 0.75}
+    assert read_rows(path, dict[str, float], what="a log", remedy="train")[1] == {"epoch": 1.0, "val_auc": 0.75}
     assert read_log(path)["val_auc"].isna().tolist() == [True, False]
 
 
@@ -149,3 +150,20 @@ def test_odd_names_in_toml(tmp_path: Path) -> None:
     for text in ('"a\\nb" = 3', '["x\\n\\u001b[31m"]\na = 1', '[train]\n"a\\nb" = 3', "a = " + "[" * 10**5, "\ud800"):
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         assert "\x1b" not in refusal(lambda: read_config(path))
+
+
+def test_a_table_of_attention(tmp_path: Path) -> None:
+    path = tmp_path / "attention.csv"
+    path.write_text("fold,slide_id,attention_auc\n0,007,0.5\n")
+    (row,) = read_attention(path)
+    assert (row.fold, row.slide_id, row.attention_auc) == (0, "007", 0.5)
+    path.write_text("fold,slide_id,attention_auc\n")
+    assert read_attention(path) == []
+    for text, message in (
+        ("fold,slide_id\n0,a\n", "[0]: expected 'attention_auc' in it, got none"),
+        ("fold,slide_id,attention_auc\n0,a,1e39\n", "[0].attention_auc: expected float <= 1.0, got '1e39'"),
+        ("fold,slide_id,attention_auc\n-1,a,0.5\n", "[0].fold: expected int >= 0, got '-1'"),
+        ("fold,slide_id,attention_auc\n0,a,\n", "attention_auc"),
+    ):
+        path.write_text(text)
+        assert message in refusal(lambda: read_attention(path))
