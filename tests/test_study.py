@@ -318,6 +318,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--external-labels=y"], "expected --external-features and --external-labels together"),
         (["--hold-out=a=b", "--splits=x"], "expected --hold-out alone"),
         (["--features=x", "--labels=gone.csv", "--label=y", "--hold-out=a=b"], "gone.csv: expected a CSV table"),
+        (["--patients=median"], "patients: expected one of mean, max, noisy-or, got 'median'"),
         (["--instances=x"], "expected --instances and --instance-type with --features"),
     ],
 )

@@ -118,9 +118,11 @@ def evaluate(
     """Metrics of a run with intervals; with --features and --labels also on an external cohort."""
     from momkd import distributed
     from momkd.evaluate import evaluate_external, evaluate_run
+    from momkd.patients import check_rule
     from momkd.runs import Run
 
     opened = Run(run)
+    rule = check_rule(patients or opened.config.train.patients)
     if (features is None) != (labels is None):
         raise InputError("evaluate: expected --features and --labels together, got one of them; give both or none")
     with distributed.started():
@@ -132,7 +134,7 @@ def evaluate(
             skipped = evaluate_external(opened, features, labels, **options)
         if distributed.first():
             say_skipped(skipped)
-            evaluate_run(opened, bootstrap=bootstrap, patients=patients)
+            evaluate_run(opened, bootstrap=bootstrap, patients=rule)
             _show_metrics(run)
 
 
@@ -301,6 +303,7 @@ def study(
 
     Without --features the slides are simulated: from the expression in --omics where it is given, else all of it is.
     """
+    from momkd.patients import check_rule
     from momkd.progress import progress_bar
     from momkd.study import ARMS, choose_arms, run_study, study_results, study_table, write_study_report
     from momkd.study.command import study_of
@@ -309,6 +312,7 @@ def study(
         for known in ARMS.values():
             say(f"{known.name:18} {known.title}")
         return
+    rule = check_rule(patients or "mean")
     planned = study_of(
         out,
         choose_arms(None if arms is None else arms.split(","), arm or ()),
@@ -341,7 +345,7 @@ def study(
             say(f"{done}/{total} {name}")
 
         run_study(planned, jobs=jobs, device=device, report=told, note=note)
-    results = study_results(planned, bootstrap=bootstrap, patients=patients or "mean")
+    results = study_results(planned, bootstrap=bootstrap, patients=rule)
     report = write_study_report(planned, results)
     for name in planned.cohort.tasks:
         show(study_table(results, name))
