@@ -62,19 +62,21 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
     """
     parts = [part for part in _PARTS if part in metrics]
     table = Table(title=Text(title), title_justify="left", caption=_caption(metrics), caption_justify="left")
+    table.box, table.show_edge, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, False, True
     table.add_column("Metric", no_wrap=True)
     for part in parts:
-        table.add_column(_PARTS[part])
-    levels = {"by slide": metrics, "by patient": metrics["by_patient"]} if _by_patient(metrics) else {"": metrics}
+        table.add_column(_PARTS[part], min_width=13)  # an interval; four parts fit 80 columns
+    levels = {"By slide": metrics, "By patient": metrics["by_patient"]} if _by_patient(metrics) else {"": metrics}
     for level, values in levels.items():
-        end = level and f", {level}"
+        if level:
+            table.add_row(Text(level, "bold"))
         for metric, name in _NAMES.items():
-            table.add_row(name + end, *(estimate_text(values.get(part, {}).get(metric)) for part in parts))
+            table.add_row(name, *(estimate_text(values.get(part, {}).get(metric)) for part in parts))
         table.add_section()
         keys = {"test": "folds", "external": "external_folds"}
         folds = {part: {entry["fold"]: entry for entry in values.get(key, [])} for part, key in keys.items()}
         for fold in sorted(folds["test"].keys() | folds["external"].keys()):
-            table.add_row(f"AUC, fold {fold}{end}", *(_fold_auc(folds.get(part, {}), fold) for part in parts))
+            table.add_row(f"AUC, fold {fold}", *(_fold_auc(folds.get(part, {}), fold) for part in parts))
         table.add_section()
     return table
 

@@ -82,6 +82,15 @@ def test_the_external_ensemble_is_that_of_predict() -> None:
     assert got["external"]["auc"]["estimate"] == 0.0
 
 
+def test_four_parts_fit_eighty_columns() -> None:
+    table = several()
+    external = table[table["part"] == "test"].assign(part="external", slide_id=lambda t: "e" + t["slide_id"])
+    both = pd.concat([table, external], ignore_index=True)
+    shown = text(metrics_table(evaluate_predictions(both, CLASSES, bootstrap=10), "run"), width=80)
+    assert "External" in shown
+    assert "…" not in shown
+
+
 def test_one_slide_each_is_said_once() -> None:
     got = evaluate_predictions(noisy(), CLASSES, bootstrap=10)
     assert got["by_patient"] == {"rule": "mean", "one_slide_each": True}
@@ -94,13 +103,11 @@ def test_one_slide_each_is_said_once() -> None:
 def test_both_are_shown_by_name() -> None:
     got = evaluate_predictions(several(), CLASSES, bootstrap=10, patients="max")
     shown = text(metrics_table(got, "run"))
-    for words in (
-        "AUC, by slide",
-        "AUC, by patient",
-        "AUC, fold 0, by patient",
-        "By patient: max of the probabilities",
-    ):
-        assert words in shown
+    by_slide, by_patients = shown.split("By slide")[1].split("By patient", 1)
+    for words in ("AUC ", "Balanced accuracy", "AUC, fold 0"):
+        assert words in by_slide
+        assert words in by_patients
+    assert "By patient: max of the probabilities" in by_patients
     head = text(comparison_table({"x": got}))
     assert "x, by slide" in head
     assert "x, by patient" in head
@@ -119,8 +126,8 @@ def test_an_unknown_rule() -> None:
         evaluate_predictions(small(), CLASSES, patients="median")
 
 
-def text(table: Any) -> str:
-    console = Console(width=300)
+def text(table: Any, width: int = 300) -> str:
+    console = Console(width=width)
     with console.capture() as captured:
         console.print(table)
     return " ".join(captured.get().split())

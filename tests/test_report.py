@@ -80,7 +80,7 @@ def test_metrics_table_shows_every_number_and_note() -> None:
         assert estimate_text(metrics["test"][metric]) in text
         assert estimate_text(metrics["pooled"][metric]) in text
     assert re.search(r"AUC, fold 0 .*\d\.\d{3} \(", text)
-    assert re.search(r"AUC, fold 1 +│ – ", text)
+    assert re.search(r"AUC, fold 1 +– ", text)
     assert "no slide of class 'pos'" in text
     assert "95 % intervals from 50 resamples of patients" in text
     assert "External" not in text
