@@ -234,6 +234,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         "predict run --features link --out p.csv --attention features",
         "predict run --features features --out p.csv --graphs features",
         "predict run --features features --out run/metrics.json",
+        "predict run --features features --out new.csv --out-patients ./new.csv",
         "predict run --features features --out run/fold_0/model.safetensors",
         "predict run --features features --out p.csv --attention run/fold_0",
         "evaluate run --features features --labels run/predictions_external.csv",

@@ -21,7 +21,7 @@ RUN_FILES = (
 def check_outputs(
     outputs: Mapping[str, Place], inputs: Mapping[str, Place | Iterable[Path]], *, whole: Collection[str] = ()
 ) -> None:
-    """Check that no output is an input, or lies in a folder that is one.
+    """Check that no output is an input, lies in a folder that is one, or is another output.
 
     Args:
         outputs: files and folders that will be written, by the names of their options; None is left out.
@@ -32,12 +32,15 @@ def check_outputs(
         InputError: naming output and input.
     """
     read = [(option, path) for option, places in inputs.items() for path in _paths(places)]
+    written: dict[str, str] = {}
     for name, place in outputs.items():
         for out in _paths(place):
             if out.exists() and not (out.is_file() or out.is_dir()):
                 raise InputError(
                     f"{out}: expected a file or folder to write, got a device or a pipe; choose another {name}"
                 )
+            if (other := written.setdefault(os.path.realpath(out), name)) != name:
+                raise InputError(f"{out}: expected another place for {name} than for {other}, got the same; change one")
             for option, path in read:
                 if _is_in(out, path):
                     where = "in it" if path.is_dir() else "this very file"

@@ -114,6 +114,7 @@ COMMANDS = {
     "train": f"train {TRAIN} --out WORK/run",
     "study": f"study {TRAIN} --out WORK/study --seeds 1 --arms abmil",
 }
+OUTPUTS = ("--out", "--attention", "--graphs", "--out-patients")
 SLOW = ("evaluate", "explain", "train", "study")  # seconds each where nothing is wrong
 
 
@@ -126,9 +127,9 @@ def command_files(folder: Path) -> None:
     labels.assign(label=labels["label"].map(dict(zip("01", CLASSES, strict=True)))).to_csv(
         base / "odd.csv", index=False
     )
-    tiny = ["train.epochs=1", "model.hidden_features=4", "model.gate_features=2"]
+    tiny = ["train.epochs=1", "model.hidden_features=4", "model.gate_features=2", "model.projection_features=2"]
     given = (base / "features", base / "odd.csv", base / "splits", base / "run")
-    train_run(*given, config=Config.preset("abmil").with_settings(tiny), folds=[0], device="cpu")
+    train_run(*given, config=Config.preset("paper").with_settings(tiny), folds=[0], device="cpu")
     pack(base / "features", base / "all.h5")
     (base / "link").symlink_to("features")
     (base / "loop").symlink_to("loop")
@@ -151,12 +152,17 @@ def mutate_command(path: Path, rng: random.Random, _: list[bytes]) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         value = rng.choice(rng.choice((ODD, NUMBERS, PLACES, PLACES))).replace("BASE", base)
         values = [n for n, word in enumerate(words) if n and not word.startswith("--") and words[n - 1] != "--set"]
-        match rng.randrange(6):
+        written = [n for n in values if words[n - 1] in OUTPUTS]
+        match rng.randrange(8):
             case 0 | 1 | 2 if values:
                 words[rng.choice(values)] = value
-            case 3:
+            case 3 | 4 if written:  # an output among the inputs
+                place = rng.choice([words[n] for n in values if words[n].startswith(base)] or [base])
+                more = rng.choice(("", "/new", "/metrics.json", "/predictions.csv", "/fold_0/model.safetensors"))
+                words[rng.choice(written)] = place + more
+            case 5:
                 words += [rng.choice(options), value]
-            case 4:
+            case 6:
                 name = rng.choice(list(ENVIRONMENT))
                 case.setdefault("environment", {})[name] = rng.choice(ENVIRONMENT[name])
             case _ if words[0] != "simulate" and len(words) > 1:  # its defaults are a large cohort
@@ -189,8 +195,15 @@ def use_command(path: Path) -> None:
         os.chdir(came_from)
         os.environ.clear()
         os.environ.update(known)
+    # A file that is none of the inputs may be written over on purpose.
+    named = [
+        word
+        for n, word in enumerate(words)
+        if n and words[n - 1] in OUTPUTS and sum(word.startswith(other) for other in words if other) == 1
+    ]
     after = _state(base)
-    assert before.items() <= after.items(), f"{words}: its input was changed"
+    changed = [place for place, facts in before.items() if after.get(place) != facts and place not in named]
+    assert not changed, f"{words}: {changed}"
     for new in after.keys() - before.keys():  # a file beside them is none of them
         shutil.rmtree(new) if os.path.isdir(new) else Path(new).unlink(missing_ok=True)
     assert done.code in (0, 2), f"{words} {case}: {done.code}: {done.err}"
