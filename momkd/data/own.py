@@ -48,7 +48,7 @@ def read_json(path: Path | str, schema: type[T], *, what: str, remedy: str) -> T
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
         msgspec.json.decode(data)  # stricter: no NaN, no number out of range, no half of a character
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:  # the last is no ValueError before 0.21
         raise InputError(f"{path}: expected {what}, got no such JSON ({why(error)}); {remedy}") from error
     made: T = fitted(value, schema, source=str(path), remedy=remedy)
     return made
@@ -92,7 +92,9 @@ def fitted(value: Any, schema: Any, *, source: str, remedy: str, strict: bool = 
     """Plain values and tensors as a schema, or an InputError that names `source`, the field and what came."""
     try:
         return msgspec.convert(value, schema, strict=strict, dec_hook=_instance)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
+    except OverflowError as error:  # of msgspec before 0.21
+        raise InputError(f"{source}: expected numbers, got one out of range; {remedy}") from error
+    except (msgspec.ValidationError, RecursionError) as error:
         raise InputError(f"{source}: {_explained(one_line(error), value)}; {remedy}") from error
     except AttributeError as error:  # msgspec takes a tensor for a mapping
         raise InputError(f"{source}: expected names with values, got a tensor in their place; {remedy}") from error
