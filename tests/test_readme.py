@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from momkd import cli
 from momkd.dispatch import OPS
+from tests.fuzz import KINDS
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 NAMES = {"native": "native C++", "triton": "Triton", "cuda": "CUDA"}
@@ -51,6 +52,11 @@ def test_the_table_of_ops_is_that_of_dispatch() -> None:
     for ops, backends in re.findall(r"^\| (`.*?`) \|.*\| (.*?) \|$", README, re.MULTILINE):
         told |= dict.fromkeys(re.findall(r"`(\w+)`", ops), backends)
     assert told == {op: ", ".join(NAMES.get(name, name) for name in backends) for op, backends in OPS.items()}
+
+
+def test_the_number_of_inputs_tried_is_what_the_fuzz_suite_runs() -> None:
+    (told,) = re.findall(r"([\d,]+) damaged and hostile inputs", README)
+    assert told == f"{sum(kind.cases for kind in KINDS.values()):,}"
 
 
 def test_commands_and_options_exist() -> None:
