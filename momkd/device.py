@@ -20,7 +20,8 @@ def pick_device(name: str | None = None) -> torch.device:
         InputError: a device that is not here; the line says which are.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = name if name is not None else ("cuda" if gpus else "cpu")
+    wanted = name.strip().lower() if name is not None else ("cuda" if gpus else "cpu")
+    wanted = "cpu" if wanted == "cpu:0" else wanted
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", wanted, re.ASCII)
     index = None if match is None or match[1] is None else int(match[1])
     if match is None or (wanted != "cpu" and (index or 0) >= gpus):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from momkd.data.cohort import open_cohort
 from momkd.data.ids import shared_note
 from momkd.data.outputs import check_outputs, run_files
 from momkd.data.splits import match_splits, read_splits
-from momkd.data.tables import read_labels
+from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.inference import budget_of, device_cache, none_left, pick_device, probabilities
 from momkd.metrics import evaluate_predictions
@@ -27,6 +28,8 @@ from momkd.predict import threshold_of
 from momkd.predictions import prediction_table, read_predictions
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.state import read_log
+
+_OTHER_LABEL = "external label"  # in run.json, where the external cohort names it otherwise
 
 
 def evaluate_run(run: Run, *, bootstrap: int = 1000, patients: str | None = None) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def evaluate_run(run: Run, *, bootstrap: int = 1000, patients: str | None = None
         table = pd.concat([table, read_predictions(run.folder / EXTERNAL)], ignore_index=True)
     rule = patients or run.config.train.patients
     metrics = evaluate_predictions(table, run.info.classes, bootstrap=bootstrap, patients=rule, source=str(path))
+    if "external" in metrics and (other := run.info.data.get(_OTHER_LABEL)):
+        metrics["notes"].insert(0, _other_label(run, other))
     write_json(run.folder / "metrics.json", metrics)
     name = run.folder.resolve().name
     if any(fold["auc"] is not None for fold in metrics.get("folds", [])):
@@ -59,6 +64,19 @@ def evaluate_run(run: Run, *, bootstrap: int = 1000, patients: str | None = None
     if logs:
         plot_training(pd.concat(logs, ignore_index=True), run.folder / "training.png", title=f"Training, {name}")
     return metrics
+
+
+def labels_for(
+    run: Run, path: Path | str, label: str | None, options: LabelOptions | None, *, cases: bool = True
+) -> Labels:
+    """Read labels of another cohort for a run: the column that is named, or the one that the run was trained on."""
+    known: dict[str, Any] = {"classes": run.info.classes, "options": options, "cases": cases}
+    remedy = f"the run predicts {run.info.label!r}: name the column that holds it with --label"
+    return read_labels(path, label=label or run.info.label, remedy=remedy, **known)
+
+
+def _other_label(run: Run, column: str) -> str:
+    return f"external: scored on the column {column!r}, while the run was trained on {run.info.label!r}"
 
 
 def evaluate_external(
@@ -95,7 +113,7 @@ def evaluate_external(
         where = pick_device(device)
         places = {path.name: path for path in run_files(run.folder)}
         check_outputs({**places, "--graphs": graphs}, {"--features": features, "--labels": labels})
-        table = read_labels(labels, label=label or run.info.label, classes=run.info.classes, options=label_options)
+        table = labels_for(run, labels, label, label_options)
         cohort = open_cohort(
             features,
             table.table.index,
@@ -107,7 +125,8 @@ def evaluate_external(
         )
     if report is not None and distributed.first():
         shared = shared_note(table.source, table.cases(), *_known(run, label_options))
-        for text in (table.summary(), *table.notes, *cohort.notes, *shared):
+        other = [_other_label(run, table.name)] if table.name != run.info.label else []
+        for text in (table.summary(), *other, *table.notes, *cohort.notes, *shared):
             report(text)
     slides, options = list(cohort.paths), run.config.train
     loader = BagLoader(
@@ -141,6 +160,11 @@ def evaluate_external(
             if not every.any():
                 raise none_left(str(features), slides, cohort.skipped)
             write_csv(run.folder / EXTERNAL, predicted[every])
+            data = {name: value for name, value in run.info.data.items() if name != _OTHER_LABEL}
+            if table.name != run.info.label:
+                data[_OTHER_LABEL] = table.name
+            if data != run.info.data:
+                run.info = Run.create(run.folder, run.config, replace(run.info, data=data)).info
     return cohort.skipped
 
 

@@ -179,6 +179,10 @@ def test_a_device_that_is_not_here(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert len(str(caught.value)) < 300
 
 
+def test_the_cpu_by_any_of_its_names() -> None:
+    assert {pick_device(name) for name in ("cpu", "CPU", "cpu:0", " cpu ")} == {torch.device("cpu")}
+
+
 def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

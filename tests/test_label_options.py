@@ -104,12 +104,17 @@ def test_an_external_cohort_is_scored_on_the_label_of_the_run_alone(
         done = momkd(command, run, "--features", external.features, "--labels", other, "--device", "cpu", *words)
         told = one_line(done)
         assert f"{other}: expected a column 'HER2', got" in told
-        assert "'EGFR', 'site'; choose one with --label" in told
+        assert "'EGFR', 'site'; the run predicts 'HER2': name the column that holds it with --label" in told
     done = momkd(
         "evaluate", run, "--features", external.features, "--labels", other, "--label", "EGFR", "--bootstrap", 0
     )
     assert done.code == 0, done.err
     assert "label EGFR: " in done.out
+    told = "external: scored on the column 'EGFR', while the run was trained on 'HER2'"
+    assert told in done.out
+    done = momkd("evaluate", run, "--bootstrap", 0)  # and whenever it is shown
+    assert told in " ".join(done.out.split())
+    assert told in (run / "metrics.json").read_text()
     assert "are not external" not in done.out
 
 
@@ -125,6 +130,18 @@ def test_slides_of_the_runs_own_cohort_are_told(her2: tuple[Path, Path], tiny_co
     assert (
         f"36 of 36 slides and {cases} of {cases} cases have ids of the cohort that the run was trained on" in done.out
     )
+
+
+def test_explain_asks_for_no_column_of_cases(
+    her2: tuple[Path, Path], tiny_cohort: SimulatedCohort, tmp_path: Path
+) -> None:
+    labels, run = her2
+    table = pd.read_csv(labels, dtype=str).rename(columns={"case_id": "patient"})
+    table.assign(submitter_id=table["patient"]).to_csv(tmp_path / "two.csv", index=False)
+    words = ("--features", tiny_cohort.features, "--labels", tmp_path / "two.csv", "--limit", 0, "--missing", "UNKNOWN")
+    done = momkd("explain", run, "--out", tmp_path / "page", *words)
+    assert done.code == 0, done.err
+    assert "taken as a patient" not in done.out
 
 
 def test_ids_of_labels_match_files_without_their_endings(

@@ -43,7 +43,7 @@ class LabelOptions:
         classes: the classes in the order of their numbers; of two the second is positive. Each must occur, and a cell
             of another text is an error. A name of `MISSING` that is given here is a class.
         positive: of two classes the positive one; the other comes first.
-        missing: cells that mean "not known", besides `MISSING`.
+        missing: cells that mean "not known", besides `MISSING`; in any case.
         case_from: the column of cases, or "tcga" for the first 12 characters of the slides' TCGA barcodes.
     """
 
@@ -84,7 +84,8 @@ def read_classes(
     """
     where = f"{path}: column {column!r}"
     given = _given(known, options)
-    missing = {*MISSING, *options.missing} - set(given or ())
+    asked = {text.casefold() for text in options.missing}
+    missing = {*MISSING, *options.missing, *(cell for cell in cells if cell.casefold() in asked)} - set(given or ())
     if not ("+" in cells or "-" in (given or ())):
         missing.add("-")
     names = _names(where, [None if _plain(cell) in missing or cell in missing else cell for cell in cells])
@@ -94,7 +95,9 @@ def read_classes(
         for name in counts
         if name.casefold() in _DOUBTFUL and given is None
     ]
-    notes += [f"{where}: no cell is {text!r}, which --missing names" for text in options.missing if text not in cells]
+    held = {cell.casefold() for cell in cells}
+    absent = [text for text in options.missing if text.casefold() not in held]
+    notes += [f"{where}: no cell is {text!r}, which --missing names" for text in absent]
     if given is not None:
         for line, name in zip(lines, names, strict=True):
             if name is not None and name not in given:

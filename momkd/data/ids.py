@@ -34,6 +34,8 @@ def slide_column(path: Path, header: Sequence[str], label: str | None) -> str:
     if len(found) != 1:
         got = listed(found or header)
         remedy = "name the one that counts slide_id" if found else "rename the column of slides"
+        if sum(map(bool, header)) == 1:
+            remedy = "begin with the names of columns, and separate them with commas, semicolons or tabs"
         raise InputError(f"{path}: expected a column 'slide_id', got {got}; {remedy}")
     return found[0]
 

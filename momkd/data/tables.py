@@ -72,6 +72,8 @@ def read_labels(
     label: str | None = None,
     classes: Sequence[str] | None = None,
     options: LabelOptions | None = None,
+    cases: bool = True,
+    remedy: str = "choose one with --label",
 ) -> Labels:
     """Reads a table of `slide_id, case_id, <label column>`.
 
@@ -86,6 +88,8 @@ def read_labels(
         classes: names in the order of their numbers, such as a run's; not all need occur. None takes the values found:
             integers by value, else sorted, but of two with a known meaning (HER2- and HER2+) the positive one last.
         options: what the user says of classes, missing cells and cases.
+        cases: False looks for no column of cases: every slide is one.
+        remedy: what to do where the table has no column `label`, for the message.
 
     Raises:
         InputError: naming file, line or column.
@@ -95,16 +99,18 @@ def read_labels(
     read = read_table(path)
     header = read.header
     slides = slide_column(path, header, label)
-    cases = case_column(path, header, slides, label, options.case_from)
-    column = _label_column(path, header, label, {slides, cases})
+    case = case_column(path, header, slides, label, options.case_from) if cases else None
+    column = _label_column(path, header, label, {slides, case}, remedy)
     check_printable(column, str(path), "a column of labels")
-    lines = _slide_lines(read, header.index(slides), header.index(slides if cases is None else cases))
+    lines = _slide_lines(read, header.index(slides), header.index(slides if case is None else case))
     at_label = header.index(column)
     found = read_classes(path, column, list(lines.values()), [row[at_label] for _, row in read.rows], classes, options)
     for name in found.order:
         check_printable(name, f"{path}: column {column!r}", "classes")
     number = {name: c for c, name in enumerate(found.order)}
-    case_ids, notes = _cases(read, list(lines), cases, options.case_from is not None)
+    case_ids, notes = list(lines), []
+    if cases:
+        case_ids, notes = _cases(read, list(lines), case, options.case_from is not None)
     table = pd.DataFrame(
         {
             "case_id": np.array(case_ids, dtype=object),
@@ -184,12 +190,12 @@ def _cases(read: TextTable, slides: list[str], column: str | None, chosen: bool)
     return cases, notes
 
 
-def _label_column(path: Path, header: list[str], label: str | None, ids: set[str | None]) -> str:
+def _label_column(path: Path, header: list[str], label: str | None, ids: set[str | None], remedy: str) -> str:
     others = [name for name in header if name not in ids and not is_unnamed(name)]
     if label is not None:
         if label in others:
             return label
-        raise InputError(f"{path}: expected a column {label!r}, got {listed(header)}; choose one with --label")
+        raise InputError(f"{path}: expected a column {label!r}, got {listed(header)}; {remedy}")
     if "label" in others:
         return "label"
     if len(others) == 1:

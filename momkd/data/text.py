@@ -1,7 +1,7 @@
 """Text tables as spreadsheets and people write them: their encoding, separator and decimal sign, and their rows.
 
 Encodings: UTF-8, with a byte order mark or without; UTF-16 with one; else Windows-1252 (cp1252), told in a note.
-Separators: comma, semicolon or tab, by the header and the first rows; .tsv is tabs. Compressed: .gz.
+Separators: comma, semicolon or tab, by the header and the first rows; in .tsv a tab, if there is one. Compressed: .gz.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def sniff(path: Path | str, expected: str = "a CSV table", *, largest: int | Non
     try:
         encoding = _Bytes(path, expected, largest).encoding()
         header, rows = _first_lines(path, encoding)
-        sep = "\t" if _named(path, ".tsv") else _separator(header, rows)
+        sep = "\t" if _named(path, ".tsv") and "\t" in header else _separator(header, rows)
         decimal = "." if sep == "," else _decimal(rows, sep)
     except READ_ERRORS as error:
         raise unreadable(path, expected, error) from error

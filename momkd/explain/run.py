@@ -30,8 +30,9 @@ from momkd.data.classes import LabelOptions
 from momkd.data.folders import whole_folder
 from momkd.data.ids import match_ids, matched_note, under_ids
 from momkd.data.outputs import check_outputs
-from momkd.data.tables import Labels, read_labels
+from momkd.data.tables import Labels
 from momkd.errors import InputError
+from momkd.evaluate import labels_for
 from momkd.explain.index import Content, Memory, SlideCard, index_html
 from momkd.explain.look import NearestPatches, Shares, unit_prototypes
 from momkd.explain.maps import map_slides
@@ -188,7 +189,7 @@ def _known_labels(
         if label is not None:
             raise InputError(f"--label: expected --labels with it, got {label!r} alone; give the table too")
         return None
-    return read_labels(labels, label=label or run.info.label, classes=run.info.classes, options=options)
+    return labels_for(run, labels, label, options, cases=False)
 
 
 def _parts(run: Run, fold: int) -> dict[str, str]:

@@ -308,3 +308,13 @@ def test_real_labels(shared_data: Path) -> None:
     got = read_labels(shared_data / "colon" / "labels.csv")
     assert (len(got), got.classes, got.table["case_id"].nunique()) == (100, ("0", "1"), 40)
     assert got.table["label"].value_counts().to_dict() == {1: 51, 0: 49}
+
+
+@pytest.mark.parametrize(
+    "text", ["slide_id|label\na|0\n", "sep=;\nslide_id;label\na;0\n", "# a comment\nslide_id,label\na,0\n"]
+)
+def test_a_header_of_one_column_is_told_what_separates_columns(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with refused(path, "begin with the names of columns, and separate them with commas"):
+        read_labels(path)

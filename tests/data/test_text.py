@@ -50,9 +50,12 @@ def test_the_separator_is_the_one_that_fits_the_rows(tmp_path: Path, lines: list
     path = tmp_path / "t.csv"
     path.write_text("\n".join(lines))
     assert sniff(path).sep == sep
-    tabs = tmp_path / "t.tsv"
-    tabs.write_text("\n".join(lines))
-    assert sniff(tabs).sep == "\t"
+
+
+def test_tsv_is_tabs_whatever_else_the_header_holds(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("a,b,c\td\n1,2,3\t4\n")
+    assert sniff(path).sep == "\t"
 
 
 def test_decimal_commas_are_seen_beside_semicolons_and_tabs_alone(tmp_path: Path) -> None:
@@ -170,3 +173,10 @@ def test_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_default_dialect_is_plain_csv() -> None:
     assert Dialect() == Dialect("utf-8-sig", ",", ".", ())
+
+
+@pytest.mark.parametrize("sep", [",", ";", "\t"])
+def test_a_tsv_is_read_by_what_separates_its_columns(tmp_path: Path, sep: str) -> None:
+    path = tmp_path / "labels.tsv"
+    path.write_text("\n".join(sep.join(row) for row in (("slide_id", "label, told"), ("a", "0"), ("b", "1"))) + "\n")
+    assert sniff(path).sep == sep
