@@ -108,9 +108,7 @@ def read_labels(
     for name in found.order:
         check_printable(name, f"{path}: column {column!r}", "classes")
     number = {name: c for c, name in enumerate(found.order)}
-    case_ids, notes = list(lines), []
-    if cases:
-        case_ids, notes = _cases(read, list(lines), case, options.case_from is not None)
+    case_ids, notes = _cases(read, list(lines), case, options.case_from is not None) if cases else (list(lines), [])
     table = pd.DataFrame(
         {
             "case_id": np.array(case_ids, dtype=object),
