@@ -11,7 +11,9 @@ import contextlib
 import gc
 import hashlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from importlib import import_module
@@ -25,8 +27,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from momkd import env
 from momkd.errors import InputError, RankError, SharedError
+from momkd.terminal import ERR, say
 
 _BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+_SILENT = 3.0  # seconds of waiting for the others before a word is said
 
 
 def size() -> int:
@@ -82,6 +86,7 @@ def started() -> Iterator[None]:
 def _join(backend: str) -> None:
     """Wait for the other ranks, and make one group with them."""
     where, limit = env.meeting_point(), env.join_timeout()
+    _check_resolves(where)
     found: list[Any] = []
 
     def meet() -> None:
@@ -93,8 +98,13 @@ def _join(backend: str) -> None:
     # In a thread, because torch waits in C++, where an interrupt is not seen.
     waiting = threading.Thread(target=meet, daemon=True)
     waiting.start()
+    began, told = time.monotonic(), False
     while waiting.is_alive():
         waiting.join(0.1)
+        if not told and time.monotonic() - began > _SILENT:
+            told = True
+            who = f"rank {env.rank()} of {env.world_size()}"
+            say(f"momkd: {who}: waiting for the others at {where}, up to {limit} s", console=ERR)
     if isinstance(found[0], Exception):
         raise RankError(
             f"rank {env.rank()}: expected {env.world_size()} ranks at {where} within {limit} s, got "
@@ -104,6 +114,19 @@ def _join(backend: str) -> None:
     patience = timedelta(seconds=env.rank_timeout())
     store.set_timeout(patience)
     dist.init_process_group(backend, store=PrefixStore("momkd", store), rank=number, world_size=ranks, timeout=patience)
+
+
+def _check_resolves(where: str) -> None:
+    """Raise InputError where the name of the meeting point is that of no machine: torch would try until the limit."""
+    host, _, port = where.rpartition(":")
+    try:
+        socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise InputError(
+            f"MASTER_ADDR: expected the name or address of a machine, got {host[:80]!r}, which does not resolve "
+            f"({reason}); correct it"
+        ) from error
 
 
 def add_(*tensors: Tensor) -> None:

@@ -324,14 +324,19 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "65536"}, "MASTER_PORT: .*got '65536'; unset it or correct"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "9" * 12}, "MOMKD_RANK_TIMEOUT: .* to 10000000, got"),
         (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node..1"},
+            r"MASTER_ADDR: expected the name or address of a machine, got 'node\.\.1', which does not resolve \(.*; corr",
+        ),
+        (
             {"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "1"},
             r"rank 0: expected 2 ranks at localhost:0 within 1 s, got .*; start all of them, as torchrun",
         ),
     ],
 )
 def test_ranks_that_cannot_meet_say_so_soon(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], told: str
 ) -> None:
+    monkeypatch.setattr(distributed, "_SILENT", 0.2)
     for name in ("RANK", "LOCAL_RANK", "MOMKD_RANK_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ({"MASTER_ADDR": "localhost", "MASTER_PORT": "0"} | variables).items():
@@ -341,6 +346,8 @@ def test_ranks_that_cannot_meet_say_so_soon(
         pass
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 10
+    waited = "momkd: rank 0 of 2: waiting for the others at localhost:0, up to 1 s\n"
+    assert capsys.readouterr().err.count(waited) == ("within 1 s" in told)
 
 
 # -- when a rank ends ------------------------------------------------------------------------------------------------
