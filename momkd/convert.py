@@ -24,6 +24,7 @@ from momkd.data.own import Finite, fitted, short
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
 from momkd.models import MoMKD
+from momkd.names import check_utf8
 from momkd.predict import threshold_of
 from momkd.runs import METRICS, Run, RunInfo, save_model, write_torch
 
@@ -141,6 +142,7 @@ def _carried(state: Mapping[str, Tensor], path: Path) -> Carried:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The state dict in a file; nothing in it is ever executed."""
     regular_file(path, "a checkpoint")
+    check_utf8(path, path, "a checkpoint")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

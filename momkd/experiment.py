@@ -35,6 +35,7 @@ from momkd.data.tables import Labels, read_labels
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_run
 from momkd.inference import device_cache, none_left, pick_device, probabilities
+from momkd.names import check_utf8
 from momkd.predictions import (
     check_predictions,
     choose_thresholds,
@@ -195,6 +196,7 @@ def train_run(
             where = pick_device(device)
             tables = {"--labels": labels, "--omics": omics, "--splits": sorted(Path(splits).glob("splits_*.csv"))}
             check_outputs({"--out": out, "--graphs": graphs}, {"--features": features, **tables}, whole=("--out",))
+            check_utf8(out, out, "the folder of a run")
             inputs = read_inputs(
                 features,
                 labels,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from momkd.errors import InputError
 
 _LONGEST = 240  # bytes, of the 255 that file systems allow: endings are added
@@ -24,6 +27,23 @@ def check_name(name: str, source: str, what: str) -> str:
             f"special characters, in {_LONGEST} bytes at most"
         )
     return name
+
+
+def check_utf8(name: Path | str, source: Path | str, what: str) -> None:
+    """Check that a name which the file system gave is text: bytes that are not UTF-8 go into no table.
+
+    Args:
+        name: to be checked.
+        source: the path that holds it, and `what` it is in the singular, for the message.
+
+    Raises:
+        InputError: naming the source, with such bytes escaped.
+    """
+    try:
+        os.fspath(name).encode()
+    except UnicodeEncodeError:
+        shown = os.fspath(source).encode(errors="backslashreplace").decode()
+        raise InputError(f"{shown}: expected {what} named in UTF-8, got other bytes; rename it") from None
 
 
 def check_id(slide_id: str, source: str) -> str:

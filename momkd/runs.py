@@ -36,6 +36,7 @@ from momkd.data.own import Finite, Fold, Size, read_json, short
 from momkd.data.raw import one_line
 from momkd.errors import InputError
 from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
+from momkd.names import check_utf8
 from momkd.nn import MemoryBank
 
 METRICS = "metrics.json"
@@ -144,6 +145,7 @@ class Run:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        check_utf8(self.folder, self.folder, "the folder of a run")  # safetensors opens no other
         config, info = self.folder / "config.toml", self.folder / "run.json"
         if not config.is_file() or not info.is_file():
             came = "a folder without config.toml and run.json" if self.folder.is_dir() else "nothing there"
@@ -155,6 +157,7 @@ class Run:
     def create(cls, folder: Path | str, config: Config, info: RunInfo) -> Run:
         """Writes config.toml and run.json; the folder is made."""
         folder = Path(folder)
+        check_utf8(folder, folder, "the folder of a run")
         make_folder(folder)
         write_text(folder / "config.toml", config.to_toml())
         write_json(folder / "run.json", asdict(info))

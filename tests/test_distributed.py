@@ -325,7 +325,7 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "9" * 12}, "MOMKD_RANK_TIMEOUT: .* to 10000000, got"),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "node..1"},
-            r"MASTER_ADDR: expected the name or address of a machine, got 'node\.\.1', which does not resolve \(.*; corr",
+            r"MASTER_ADDR: expected the name or address of a machine, got 'node\.\.1', which does not resolve \(",
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MOMKD_RANK_TIMEOUT": "1"},

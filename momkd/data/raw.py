@@ -27,6 +27,7 @@ from momkd.data.pickles import ForeignObjects, check_nesting, short_reason
 from momkd.data.placement import TEXTS
 from momkd.errors import InputError
 from momkd.names import check_id as check_id
+from momkd.names import check_utf8
 
 Array = npt.NDArray[Any]
 
@@ -276,9 +277,11 @@ def load_torch(path: Path) -> Any:
     """What torch.save wrote, mapped where the format allows; nothing in it is executed.
 
     Raises:
+        InputError: its path is not UTF-8.
         ForeignObjects: it holds something else than tensors and plain values.
         Exception: of nearly any other kind, from the unpickler of a damaged file.
     """
+    check_utf8(path, path, "a file of tensors")  # torch maps no other
     with path.open("rb") as file:
         mapped = file.read(2) == b"PK"  # the zip format; older files cannot be mapped
     try:

@@ -16,6 +16,7 @@ from momkd.data.raw import Array
 from momkd.data.slides import find_slides, read_blocks, read_coords, read_slide, slide_attributes, slide_header
 from momkd.errors import InputError
 from momkd.graph import Edges
+from momkd.names import check_utf8
 
 
 class SlideSource(Protocol):
@@ -64,6 +65,7 @@ class SlideFiles:
         return str(self.paths[slide_id])
 
     def header(self, slide_id: str) -> tuple[int, int, str]:
+        check_utf8(self.paths[slide_id].stem, self.paths[slide_id], "a feature file")
         stamp = _stamp(self.paths[slide_id])
         header = slide_header(self.paths[slide_id])
         self._seen[slide_id] = stamp, header.has_coords
