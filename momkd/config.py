@@ -228,7 +228,7 @@ class Config:
             for name in values:
                 key = f"{section}.{name}"
                 if key not in known:
-                    same_name = [k for k in known if k.endswith(f".{name}")]
+                    same_name = [k for k in known if k.endswith(f".{_USUAL.get(name, name)}")]
                     hint = f"; did you mean {same_name[0]!r}?" if same_name else _near(key, known)
                     raise InputError(
                         f"{source}: unknown option {short(key)}{hint or '; see config.toml of a run for all'}"
@@ -240,6 +240,14 @@ class Config:
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
 
+
+# What others call the options, for the message of an unknown one.
+_USUAL = {
+    **{"lr": "learning_rate", "wd": "weight_decay", "seeds": "seed", "max_epochs": "epochs", "num_epochs": "epochs"},
+    **dict.fromkeys(("bs", "batch", "batch_size"), "slides_per_step"),
+    **dict.fromkeys(("clip", "grad_clip", "max_norm"), "clip_norm"),
+    **dict.fromkeys(("accum", "grad_accum", "gradient_accumulation"), "accumulate"),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {

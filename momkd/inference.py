@@ -218,7 +218,7 @@ def _finite(
         x = features(bag)
         largest = float(x.abs().max()) if len(x) else 0.0
         told = f"expected finite results, got NaN or infinity of features up to {largest:.2g}"
-        remedy = "extract its features again or leave it out (--skip-bad)"
+        remedy = "extract its features again" + (" or leave it out (--skip-bad)" if loader.skipped is None else "")
         reason = f"{told}; {remedy if largest > LARGE else 'the weights of the model are too large: train again'}"
         if loader.skipped is None:
             raise InputError(f"slide {slide_ids[bag]!r}: {reason}")

@@ -188,21 +188,28 @@ class Trainer:
         means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
         with distributed.together():
             if not means or not all(np.isfinite(mean) for mean in means.values()):
-                told_ = f"{means} in epoch {self.epoch}; {self._remedy()}" if means else "no slide that can be read"
+                bad = ", ".join(f"{name} {mean}" for name, mean in means.items() if not np.isfinite(mean))
+                told_ = f"{bad} in epoch {self.epoch}; {self._remedy()}" if means else "no slide that can be read"
                 raise InputError(f"training: expected finite losses, got {told_}")
         seconds = time.perf_counter() - began
         rate = float(self.optimizer.param_groups[0]["lr"])
         return {**means, "learning_rate": rate, "patches_per_second": seen / seconds}
 
     def _remedy(self) -> str:
-        """What to do where a loss is not finite: the slide of the largest features, if no encoder makes such."""
-        largest, slide = 0.0, ""
+        """What to do where a loss is not finite: the slides of the largest features, if no encoder makes such."""
+        large: list[tuple[float, str]] = []
         with contextlib.closing(self.training.batches([[row] for row in range(len(self.training.slide_ids))])) as each:
             for batch in each:
                 top = float(batch.bags.features.abs().max()) if batch.bags.num_rows else 0.0
-                largest, slide = max((largest, slide), (top, batch.slide_ids[0]))
-        if largest > LARGE:
-            return f"slide {slide!r} has features up to {largest:.2g}: extract them again or leave it out"
+                large += [(top, batch.slide_ids[0])] if top > LARGE else []
+        if large:
+            top, slide = max(large)
+            others = f", and {len(large) - 1} others above {LARGE:,.0f}" if len(large) > 1 else ""
+            skips = "" if self.training.skipped is None else "; --skip-bad leaves out no slide that spoils training"
+            return (
+                f"slide {slide!r} has features up to {top:.2g}{others}: extract them again or take such slides out of "
+                f"the splits{skips}"
+            )
         return "lower train.learning_rate"
 
     def _shares(

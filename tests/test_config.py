@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from momkd.config import PRESETS, Config, describe_options, read_config
+from momkd.config import _USUAL, PRESETS, Config, describe_options, read_config
 from momkd.errors import InputError
 
 
@@ -18,6 +18,7 @@ def test_toml_gives_the_same_configuration_back() -> None:
 
 def test_every_option_is_described_in_toml() -> None:
     text = Config().to_toml()
+    assert set(_USUAL.values()) <= {key.partition(".")[2] for key, *_ in describe_options()}
     for key, _, allowed, meaning in describe_options():
         assert key.partition(".")[2] in text
         assert meaning in text
@@ -50,6 +51,8 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
     ("setting", "message"),
     [
         ("memory.momentun=0.9", "unknown option 'memory.momentun'; did you mean 'memory.momentum'?"),
+        ("train.lr=1e39", "unknown option 'train.lr'; did you mean 'train.learning_rate'?"),
+        ("train.batch_size=8", "unknown option 'train.batch_size'; did you mean 'train.slides_per_step'?"),
         ("memory.epochs=3", "unknown option 'memory.epochs'; did you mean 'train.epochs'?"),
         (
             "memori.slots=3",

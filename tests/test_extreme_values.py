@@ -66,7 +66,7 @@ def test_in_validation_or_test_the_slide_is_named_and_the_fold_is_not_finished(
     table = pd.read_csv(run.folder / "predictions.csv", dtype=str)
     assert bad not in set(table["slide_id"])
     assert len(table) == len(slides(own_cohort, "val")) + len(slides(own_cohort, "test")) - 1
-    assert "expected finite results" in run.info.skipped[bad]
+    assert run.info.skipped[bad].endswith("extract its features again")
 
 
 def test_in_training_the_slide_is_named(own_cohort: SimulatedCohort, tmp_path: Path) -> None:
@@ -75,8 +75,15 @@ def test_in_training_the_slide_is_named(own_cohort: SimulatedCohort, tmp_path: P
         spoil(own_cohort.features, slide, 1e37)
     bad = slides(own_cohort, "train")[1]
     spoil(own_cohort.features, bad)
-    with pytest.raises(InputError, match=rf"expected finite losses, got .*; slide '{bad}' has features up to 3e\+38"):
-        run_of(own_cohort, tmp_path / "run")
+    others = len(slides(own_cohort, "train")) - 1
+    told = (
+        rf"expected finite losses, got classification_loss nan.* in epoch 0; slide '{bad}' has features up to 3e\+38, "
+        rf"and {others} others above 10,000: extract them again or take such slides out of the splits"
+    )
+    for options, end in (({}, "$"), ({"skip_bad": True, "resume": True}, "; --skip-bad leaves out no slide that .*g$")):
+        with pytest.raises(InputError, match=told + end) as caught:
+            run_of(own_cohort, tmp_path / "run", **options)
+        assert "{" not in str(caught.value)
 
 
 def test_all_test_slides_bad_is_one_line(own_cohort: SimulatedCohort, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ STORED, WITH_COORDS = 1, 3
 PARTS = ("features", "coords", "graph")  # columns of the checksums
 SEALED = ("ids", "attrs", "offsets", "state", "checksums", "graph/starts")  # and covered by the seal, in this order
 GRAPH = ("graph/offsets", "graph/sources", "graph/order")
-_AGAIN = "copy the file again, or pack it again"
+_AGAIN = "copy the file again, or remove it and pack again"
 
 
 def layout(

@@ -36,25 +36,31 @@ def short_reason(error: pickle.UnpicklingError) -> ValueError:
     return ValueError(match[1] if match else "not what torch.save writes")
 
 
-def check_nesting(path: Path, zipped: bool) -> None:
-    """Raise ValueError where the tuples in a file of torch.save are too deep or too large once they are written out."""
+def check_nesting(path: Path, zipped: bool) -> set[str]:
+    """Raise ValueError where the tuples in a file of torch.save are too deep or too large once they are written out.
+
+    Returns:
+        The names that its pickles look up, such as "torch._utils _rebuild_tensor_v2".
+    """
+    names: set[str] = set()
     if zipped:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.endswith("data.pkl"):
                     if entry.file_size > _BYTES:
                         raise ValueError(f"a pickle of {entry.file_size} bytes")
-                    _check(archive.read(entry), 1)
+                    _check(archive.read(entry), 1, names)
     elif path.stat().st_size:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            _check(mapped, _PICKLES)
+            _check(mapped, _PICKLES, names)
+    return names
 
 
-def _check(stream: Any, pickles: int) -> None:
+def _check(stream: Any, pickles: int, names: set[str]) -> None:
     data = _Stream(stream)
     with contextlib.suppress(_Damaged):  # the unpickler says so in better words
         for _ in range(pickles):
-            _check_one(data)
+            _check_one(data, names)
 
 
 class _Damaged(Exception):
@@ -80,8 +86,8 @@ class _Stream:
         return self._at
 
 
-def _check_one(data: _Stream) -> None:
-    """Follows the stack of one pickle; a value is (size, depth) of its tuples."""
+def _check_one(data: _Stream, names: set[str]) -> None:
+    """Follows the stack of one pickle, and adds to `names`; a value is (size, depth) of its tuples."""
     stack: list[tuple[int, int] | None] = []  # None is a mark
     memo: dict[Any, tuple[int, int]] = {}
     plain = (1, 0)
@@ -94,6 +100,8 @@ def _check_one(data: _Stream) -> None:
         except Exception as error:  # of nearly any kind
             raise _Damaged from error
         name = operation.name
+        if name == "GLOBAL":
+            names.add(str(argument))
         taken: list[tuple[int, int]] = []
         try:
             if pickletools.stackslice in operation.stack_before or name == "POP_MARK":

@@ -9,6 +9,7 @@ import contextlib
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,9 +214,10 @@ class _RawTensor(Raw):
 
     @staticmethod
     def _dense(path: Path, name: str, value: object) -> Tensor:
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        if not isinstance(value, Tensor) or _special(value):
             raise InputError(
-                f"{path}: {name}: expected a dense tensor, got {_kind(value)}; save it as one tensor, a row a patch"
+                f"{path}: {name}: expected a dense tensor, got {_kind(value)}; save it as one dense tensor of the CPU, "
+                "a row a patch"
             )
         value = value.detach()
         there = value.untyped_storage().nbytes()
@@ -289,8 +291,12 @@ def load_torch(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
                     raise ValueError("compressed, which torch.save never does")
-        check_nesting(path, zipped=mapped)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        names = check_nesting(path, zipped=mapped)
+        with contextlib.ExitStack() as stack:
+            if "torch._utils _rebuild_qtensor" in names:  # which warns of what torch itself does
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (AssertionError, NotImplementedError, MemoryError, RecursionError) as error:
         raise ValueError(one_line(error)) from error
     except pickle.UnpicklingError as error:
@@ -338,17 +344,31 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 def _kind(value: object) -> str:
     if isinstance(value, list | tuple) and value:
         first = (
-            f"tensors, the first {tuple(value[0].shape)}" if isinstance(value[0], Tensor) else type(value[0]).__name__
+            f"tensors, the first {_special(value[0]) or tuple(value[0].shape)}"
+            if isinstance(value[0], Tensor)
+            else type(value[0]).__name__
         )
         return f"a {type(value).__name__} of {len(value)} {first}"
     if isinstance(value, Tensor):
-        return "a sparse or quantised tensor"
+        return _special(value) or "a dense tensor"
     return f"a {type(value).__name__}"
+
+
+def _special(tensor: Tensor) -> str:
+    """What a tensor is that has no plain values (N, L), in words; nothing for one that has them."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return "a sparse tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    return "a tensor without values (device meta)" if tensor.is_meta else ""
 
 
 def _only_tensor(values: dict[Any, Any]) -> str | None:
     """The key of the features among others; see `only_features`."""
     tensors = {key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {key: value for key, value in tensors.items() if not value.is_nested}  # which has no shape
     return only_features({k: tuple(t.shape) if t.is_floating_point() else () for k, t in tensors.items()})
 
 

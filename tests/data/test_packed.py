@@ -379,8 +379,14 @@ def test_a_file_that_was_cut(folder: Path, tmp_path: Path) -> None:
     os.truncate(out, out.stat().st_size - 5000)
     with refused("expected a whole packed store, got fewer bytes than its header says"):
         store.read("d")
-    with refused("expected a packed store, got a file that does not read"):
-        PackedStore(out)
+    for size in (out.stat().st_size, 0):
+        os.truncate(out, size)
+        with refused("expected a packed store, got a file that does not read", "or remove it and pack again"):
+            PackedStore(out)
+        with refused("expected a new file or a packed store to replace, got another file"):
+            pack(folder, out)
+    out.unlink()
+    pack(folder, out)
 
 
 def reseal(path: Path) -> None:

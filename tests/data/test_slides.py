@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,19 @@ def save_pt(value: Any) -> Callable[[Path], None]:
     return lambda path: torch.save(value, path)
 
 
+def save_jagged(path: Path, key: str = "features") -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save({key: torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(2, 2)])}, path)
+
+
+def save_quantised(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(torch.quantize_per_tensor(torch.ones(5, 3), 0.1, 0, torch.qint8), path)
+    vars(torch.storage._warn_typed_storage_removal).pop("has_warned", None)  # torch warns once
+
+
 def save_npy(value: Any) -> Callable[[Path], None]:
     return lambda path: np.save(path, value)
 
@@ -313,7 +327,19 @@ CODES = torch.ones(5, 3, dtype=torch.int8)
         ("a.pt", save_pt(Path("a")), ("expected tensors alone, got objects (",)),
         ("a.pt", save_pt({"features": None}), ("features: expected a dense tensor, got a NoneType",)),
         ("a.pt", save_pt({"features": torch.ones(2, 2), "coords": [1]}), ("coords: expected a dense tensor",)),
-        ("a.pt", save_pt(COO), ("features: expected a dense tensor, got a sparse or quantised tensor",)),
+        (
+            "a.pt",
+            save_pt(COO),
+            ("features: expected a dense tensor, got a sparse tensor; save it as one",),
+        ),
+        (
+            "a.pt",
+            save_pt(torch.ones(5, 3, device="meta")),
+            ("got a tensor without values (device meta); save",),
+        ),
+        ("a.pt", save_jagged, ("features: expected a dense tensor, got a nested tensor; save it",)),
+        ("a.pt", lambda path: save_jagged(path, "a"), ("expected a tensor or a dict with 'features', got keys a",)),
+        ("a.pt", save_quantised, ("features: expected a dense tensor, got a quantised tensor",)),
         # files
         ("a.h5", save_bytes(b""), ("expected a whole HDF5 file, got 0 bytes that do not read",)),
         ("a.h5", save_bytes(b"<html>\n\nnot found</html>"), ("expected a whole HDF5 file, got 24 bytes",)),
@@ -331,7 +357,8 @@ def test_one_line_names_the_file_and_what_came(
     tmp_path: Path, name: str, write: Callable[[Path], None], parts: tuple[str, ...]
 ) -> None:
     write(tmp_path / name)
-    with refused(f"{tmp_path / name}: ", *parts):
+    with warnings.catch_warnings(), refused(f"{tmp_path / name}: ", *parts):
+        warnings.simplefilter("error")
         read_slide(tmp_path / name)
 
 
