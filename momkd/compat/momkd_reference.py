@@ -32,6 +32,7 @@ _NAMES = {
 }
 _BANKS = ("mem_neg", "mem_pos")  # the banks of classes 0 and 1
 _EMBEDDED = tuple(f"{bank}._codebook.embed" for bank in _BANKS)
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _BUFFERS = ("initted", "cluster_size", "embed_avg")  # of a codebook: without effect, its vectors move by gradient
 
 
@@ -58,8 +59,10 @@ def load(state_dict: Mapping[str, Tensor]) -> MoMKD:
     """
     given = check_state_dict(state_dict, finite=False)
     state = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    state = {name: tensor for name, tensor in state.items() if name in _EMBEDDED or not _is_of_codebook(name)}
+    buffers = {name: tensor for name, tensor in state.items() if name not in _EMBEDDED and _is_of_codebook(name)}
+    state = {name: tensor for name, tensor in state.items() if name not in buffers}
     check_state_dict(state)
+    check_state_dict({name: tensor for name, tensor in buffers.items() if tensor.dtype not in _WHOLE})
     hidden, width = _shape(state, "wsi_encoder.gat1.lin_l.weight", 2)
     _, heads, _ = _shape(state, "wsi_encoder.gat1.att", 3)
     _, slots, features = _shape(state, "mem_pos._codebook.embed", 3)
@@ -87,6 +90,10 @@ def load(state_dict: Mapping[str, Tensor]) -> MoMKD:
             found[here] = tensor
         elif name not in _EMBEDDED:
             raise InputError(f"checkpoint: expected the tensors of the released MoMKD, got {name!r} beside them")
+    for name, tensor in buffers.items():
+        shapes: dict[str, tuple[int, ...]] = {"cluster_size": (1, slots), "embed_avg": (1, slots, features)}
+        shapes["initted"] = () if tensor.ndim == 0 else (1,)  # by the version of vector-quantize-pytorch
+        _expected(tensor, name, shapes.get(name.rpartition(".")[2], tuple(tensor.shape)))
     banks = [_expected(state.get(there), there, (1, slots, features)) for there in _EMBEDDED]
     found["memory.memory"] = torch.cat(banks)
     for name, shape in wanted.items():

@@ -19,7 +19,8 @@ def check_state_dict(state: Any, source: str = "checkpoint", *, finite: bool = T
     Args:
         state: what should map names to tensors.
         source: what messages call it.
-        finite: refuse NaN and infinity, and numbers that are not float16, bfloat16, float32 or float64.
+        finite: refuse NaN, infinity, what is infinite in float32, and numbers that are not float16, bfloat16, float32
+            or float64.
 
     Raises:
         InputError: no mapping, a name that is no text, or a value that is no tensor, sparse, nested, quantised, without
@@ -56,6 +57,8 @@ def _unusable(tensor: Any, finite: bool) -> tuple[str, str, str] | None:
         return "a tensor of floating-point numbers", str(tensor.dtype).removeprefix("torch."), again
     if finite and not bool(tensor.isfinite().all()):
         return "finite values", "NaN or infinity", "take an earlier checkpoint, or train again"
+    if finite and tensor.dtype == torch.float64 and not bool(tensor.float().isfinite().all()):
+        return "values that float32 holds", "larger ones", "take an earlier checkpoint, or train again"
     return None
 
 

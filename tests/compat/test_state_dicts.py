@@ -62,6 +62,35 @@ def test_hostile_tensors_are_named(kind: str, load: Callable[[str, Any], object]
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("bank", ["mem_neg", "module.mem_pos"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("cluster_size", torch.full((1, 16), float("nan")), "expected finite values, got NaN or infinity"),
+        ("cluster_size", torch.ones(16), r"expected \(1, 16\), got \(16,\)"),
+        ("initted", torch.tensor([float("inf")]), "expected finite values, got NaN or infinity"),
+        ("initted", torch.zeros(0), r"expected \(1,\), got \(0,\)"),
+        ("initted", torch.tensor(1j), "expected a tensor of floating-point numbers, got complex64"),
+        (
+            "embed_avg",
+            torch.ones(1, 16, 64, dtype=torch.complex64),
+            "expected a tensor of floating-point numbers, got",
+        ),
+        ("embed_avg", torch.ones(1, 15, 64), r"expected \(1, 16, 64\), got \(1, 15, 64\)"),
+        ("codebook_mean", torch.tensor([float("nan")]), "expected finite values, got NaN or infinity"),
+    ],
+)
+def test_what_a_codebook_carries_is_checked_too(bank: str, name: str, value: torch.Tensor, message: str) -> None:
+    """Though `load` makes no use of it: it tells that the file is broken."""
+    state = momkd_reference.dump(released())
+    if bank.startswith("module."):
+        state = {f"module.{key}": tensor for key, tensor in state.items()}
+    for whole in (torch.tensor(True), torch.ones(1, dtype=torch.bool), torch.ones(1, dtype=torch.int64)):
+        momkd_reference.load(state | {f"{bank}._codebook.initted": whole})
+    with pytest.raises(InputError, match=rf"{bank[-7:]}\._codebook\.{name}: {message}"):
+        momkd_reference.load(state | {f"{bank}._codebook.{name}": value})
+
+
 def test_what_is_no_state_dict() -> None:
     deep: Any = ()
     for _ in range(60):
@@ -73,6 +102,7 @@ def test_what_is_no_state_dict() -> None:
         ({"a": deep}, "a: expected a tensor, got a tuple"),
         ({"a\n\x1b[31m": 1}, r"'a\\n\\x1b\[31m': expected a tensor"),
         ({"w": torch.ones(3, dtype=torch.int64)}, "w: expected a tensor of floating-point numbers, got int64"),
+        ({"w": torch.tensor([1e300], dtype=torch.float64)}, "w: expected values that float32 holds, got larger ones"),
         ({"w": torch.tensor([1.0, float("nan")])}, "w: expected finite values, got NaN or infinity"),
     ):
         with pytest.raises(InputError, match=message):
