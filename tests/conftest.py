@@ -15,6 +15,23 @@ import torch
 
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
 
+# Files that take longest. Begun first, none of them runs on alone when all others have ended (pytest-xdist gives a
+# process whole files, and would begin with those of most tests).
+LONGEST = (
+    *("test_aot", "test_real_data", "test_fuzz", "test_distributed", "ops/test_ema_cuda"),
+    *("test_faults", "test_explain"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(Path(item.location[0]).as_posix(), len(place)))
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
