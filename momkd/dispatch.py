@@ -30,11 +30,13 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _known(word: str, words: Sequence[str], what: str) -> None:
+def _known(
+    word: str, words: Sequence[str], what: str, error: type[ValueError] = ValueError, otherwise: str = ""
+) -> None:
     if word not in words:
-        near = difflib.get_close_matches(word, words, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what}: expected one of {', '.join(words)}, got {word!r}{hint}")
+        near = difflib.get_close_matches(word[:80], words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else otherwise
+        raise error(f"{what}: expected one of {', '.join(words)}, got {word[:80]!r}{hint}")
 
 
 def can_run(op: str, backend: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
@@ -69,11 +71,7 @@ def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
     if named is None:
         override = env.backend_override()
         if override is not None:
-            if override not in BACKENDS:
-                raise InputError(
-                    f"MOMKD_BACKEND: expected one of {', '.join(BACKENDS)}, got {override[:80]!r}; unset it or "
-                    "correct it"
-                )
+            _known(override, BACKENDS, "MOMKD_BACKEND", InputError, "; unset it or correct it")
             named = override if override in OPS[op] else None
     if named is None:
         return next(name for name in OPS[op] if name == "torch" or _can_run(op, name, args)[0])

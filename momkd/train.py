@@ -198,7 +198,8 @@ class Trainer:
     def _remedy(self) -> str:
         """What to do where a loss is not finite: the slides of the largest features, if no encoder makes such."""
         large: list[tuple[float, str]] = []
-        with contextlib.closing(self.training.batches([[row] for row in range(len(self.training.slide_ids))])) as each:
+        plan = [[row] for row in range(len(self.training.slide_ids))]
+        with contextlib.closing(self.training.batches(plan, device=self.device)) as each:
             for batch in each:
                 top = float(batch.bags.features.abs().max()) if batch.bags.num_rows else 0.0
                 large += [(top, batch.slide_ids[0])] if top > LARGE else []

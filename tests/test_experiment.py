@@ -479,7 +479,7 @@ def break_features(cohort: SimulatedCohort, kind: str) -> None:
 FEATURES = {
     "missing": "expected a feature file of slide",
     "truncated": "expected a whole HDF5 file, got 900 bytes that do not read",
-    "no dataset": "expected a dataset 'features', got coords",
+    "no dataset": "got coordinates of patches alone; give the folder of the features",
     "nan": "features: expected finite values, got 1 NaN or infinite, the first in row 1",
     "wide": "features: expected width 16, got 17; all slides need features of one encoder",
     "empty": "expected patches, got none (an empty slide)",
