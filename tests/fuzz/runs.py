@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from momkd.compat import momkd_reference
 from momkd.config import Config
 from momkd.convert import _read as read_checkpoint
+from momkd.models import MoMKD
 from momkd.runs import Run, RunInfo, build_model, save_model
 from tests.fuzz.kinds import Kind, Trap
 
@@ -46,6 +49,27 @@ def checkpoint_files(folder: Path) -> None:
     torch.save({"model": Trap(folder.parent / "canary")}, folder / "hostile.pt")
 
 
+def released_files(folder: Path) -> None:
+    """Of the released code: every tensor is checked, used or not."""
+    options: dict[str, Any] = {"hidden_features": 4, "projection_features": 4, "slots": 2, "heads": 2}
+    model = MoMKD(3, encoder="gatv2", update="gradient", shared_projector=False, classifier_features=4, **options)
+    state = momkd_reference.dump(model)
+    torch.save(state, folder / "a.pt")
+    for name, value in (
+        ("initted", torch.ones(0)),
+        ("cluster_size", torch.full((1, 2), float("nan"))),
+        ("embed_avg", torch.full((1, 2, 4), 1e300, dtype=torch.float64)),
+        ("embed", torch.ones(1, 2, 4, dtype=torch.complex64)),
+    ):
+        torch.save(state | {f"mem_pos._codebook.{name}": value}, folder / f"hostile_{name}.pt")
+
+
+def use_released(path: Path) -> None:
+    state = read_checkpoint(path)
+    momkd_reference.load(state)
+    assert all(tensor.numel() and tensor.float().isfinite().all() for tensor in state.values())
+
+
 def use_run(path: Path) -> None:
     folder = path.parent / "run"
     place = {".toml": "config.toml", ".json": "run.json"}.get(path.suffix, "fold_0/model.safetensors")
@@ -65,5 +89,6 @@ def use_checkpoint(path: Path) -> None:
 
 KINDS = {
     "run": Kind(run_files, use_run, 600),
+    "released": Kind(released_files, use_released, 30),
     "checkpoint": Kind(checkpoint_files, use_checkpoint, 500),
 }

@@ -55,6 +55,8 @@ def tensor_files(folder: Path) -> None:
     torch.save({"features": x.half(), "coords": torch.zeros(6, 2, dtype=torch.int64)}, folder / "b.pt")
     torch.save(x.bfloat16(), folder / "old.pt", _use_new_zipfile_serialization=False)
     torch.save(torch.zeros(1).expand(10**7, 10**3), folder / "hostile_expanded.pt")
+    torch.save(torch.ones(6, 4, device="meta"), folder / "hostile_meta.pt")
+    torch.save(torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), folder / "hostile_nested.pt")
     (folder / "hostile_pickle.pt").write_bytes(pickle.dumps(Trap(folder.parent / "canary")))
     torch.save({"features": Trap(folder.parent / "canary")}, folder / "hostile_inside.pt")
     zipped = io.BytesIO()
