@@ -189,6 +189,10 @@ class Config:
             section, dot, name = key.strip().partition(".")
             if not equals or not dot:
                 raise InputError(f"--set: expected section.key=value such as memory.momentum=0.995, got {setting!r}")
+            if len(setting.strip().splitlines()) > 1:
+                raise InputError(
+                    f"--set: expected one section.key=value, got lines {setting!r:.80}; give --set for each"
+                )
             table.setdefault(section, {})[name] = _parsed(text.strip())
         return self._replaced(table, "--set")
 

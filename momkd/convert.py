@@ -19,7 +19,7 @@ from momkd.config import Config
 from momkd.data.atomic import make_folder, write_json
 from momkd.data.files import regular_file
 from momkd.data.folders import whole_folder
-from momkd.data.outputs import check_outputs, run_files
+from momkd.data.outputs import check_outputs, check_replaced, run_files
 from momkd.data.own import Finite, fitted, short
 from momkd.data.raw import load_torch, one_line
 from momkd.errors import InputError
@@ -117,6 +117,7 @@ def run_to_checkpoint(folder: Path | str, out: Path | str, *, fold: int = 0) -> 
     """
     run = Run(folder)
     check_outputs({"--out": out}, {"the run": run_files(run.folder)})
+    check_replaced([out], _is_converted, "a checkpoint that momkd converted")
     if fold not in run.info.folds:
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {fold}")
     if run.config.model.kind != "momkd":
@@ -129,6 +130,16 @@ def run_to_checkpoint(folder: Path | str, out: Path | str, *, fold: int = 0) -> 
     kept._metadata = OrderedDict({_CARRIED: msgspec.to_builtins(carried)})
     write_torch(out, kept)
     return state
+
+
+def _is_converted(path: Path) -> bool:
+    """Whether a file is a checkpoint of `run_to_checkpoint`: it carries what only that writes."""
+    try:
+        values = getattr(load_torch(path), "_metadata", {})
+        msgspec.convert(values[_CARRIED], Carried)
+    except Exception:  # the unpickler of another file raises nearly anything
+        return False
+    return True
 
 
 def _carried(state: Mapping[str, Tensor], path: Path) -> Carried:

@@ -49,7 +49,7 @@ def evaluate_run(run: Run, *, bootstrap: int = 1000, patients: str | None = None
     path = run.folder / PREDICTIONS
     if not path.is_file():
         raise InputError(f"{run.folder}: expected predictions.csv, got none; training has not ended: train --resume")
-    table = read_predictions(path)
+    table = run.predictions()
     if (run.folder / EXTERNAL).is_file():
         table = pd.concat([table, read_predictions(run.folder / EXTERNAL)], ignore_index=True)
     rule = patients or run.config.train.patients

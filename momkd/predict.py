@@ -15,7 +15,7 @@ import torch
 from momkd.bootstrap import Floats
 from momkd.data.atomic import make_folder, write_csv
 from momkd.data.ids import TCGA_CASE, is_barcode, match_ids, matched_note
-from momkd.data.outputs import check_outputs, check_replaced, run_files
+from momkd.data.outputs import check_outputs, check_replaced, holds, run_files
 from momkd.data.own import read_json
 from momkd.data.raw import check_id
 from momkd.data.slides import write_hdf5
@@ -28,8 +28,8 @@ from momkd.predictions import (
     PREDICT,
     check_predictions,
     choose_thresholds,
+    is_predictions,
     prediction_table,
-    read_predictions,
     with_predicted,
 )
 from momkd.runs import METRICS, PREDICTIONS, Run, RunMetrics
@@ -89,6 +89,7 @@ def predict_run(
         raise InputError(f"fold: expected one of {', '.join(map(str, run.info.folds))}, got {bad[0]}")
     places = {"--out": out, "--attention": attention, "--graphs": graphs, "--out-patients": out_patients}
     check_outputs(places, {"--features": features, "--cases": cases, "the run": run_files(run.folder)})
+    check_replaced([place for place in (out, out_patients) if place], is_predictions, "predictions of momkd")
     rule = check_rule(patients or run.config.train.patients)
     where = pick_device(device)
     models = [run.load_model(fold, where) for fold in used]
@@ -99,7 +100,8 @@ def predict_run(
     case_ids = _case_ids(loader.slide_ids, cases, case_from, note)
     folder = None if attention is None else make_folder(attention)
     if folder is not None:
-        check_replaced((folder / f"{slide}.h5" for slide in cohort.paths), "attention")
+        what, files = "an earlier one with 'attention'", (folder / f"{slide}.h5" for slide in cohort.paths)
+        check_replaced(files, holds("attention"), what, remedy="choose another folder")
     slides: list[str] = []
     probs: list[Floats] = []
     with closing(see(models, loader, loader.once(), where, amp=run.config.train.amp)) as batches:
@@ -176,7 +178,7 @@ def threshold_of(run: Run, folds: Sequence[int], *, patients: str | None = None)
         metrics = read_json(path, RunMetrics, what="the metrics of a run", remedy="make them with momkd evaluate")
         known: dict[int, float | None] = {fold.fold: fold.threshold for fold in metrics.folds}
     else:
-        table = check_predictions(read_predictions(path), run.info.classes, str(path))
+        table = check_predictions(run.predictions(), run.info.classes, str(path))
         known = dict(choose_thresholds(by_patient(table, run.info.classes, patients), run.info.classes, []))
     chosen = [threshold for fold in folds if (threshold := known.get(fold)) is not None]
     return float(np.mean(chosen)) if chosen else 0.5

@@ -12,6 +12,7 @@ Train, evaluate and predict write one schema:
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,18 @@ def read_predictions(path: Path | str) -> pd.DataFrame:
     texts = [column for column in table.columns if column != "fold" and column not in probs]
     table[texts] = table[texts].where(table[texts] != "")
     return table
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether a file begins with the header of a table that `momkd predict` writes, of slides or of patients."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader([file.readline(1 << 20)]), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+    rest = [column for column in header if not column.startswith("prob_")]
+    slides, patients = _COLUMNS, ("case_id", "slides", *_COLUMNS[2:])
+    return len(header) >= len(rest) + 2 and rest in ([*slides, "predicted"], [*patients, "predicted"])
 
 
 def _number(text: object, *, whole: bool) -> float | None:

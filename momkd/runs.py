@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -38,6 +40,7 @@ from momkd.errors import InputError
 from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
 from momkd.names import check_utf8
 from momkd.nn import MemoryBank
+from momkd.predictions import read_predictions
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.csv"
@@ -109,7 +112,7 @@ class RunInfo:
     classes: Annotated[list[str], msgspec.Meta(min_length=2)]
     label: str
     in_features: Size  # L of the patch features; of the genomics alone, G is in genes.json
-    folds: list[Fold]
+    folds: Annotated[list[Fold], msgspec.Meta(min_length=1)]
     num_splits: Fold
     data: dict[str, str | None]  # where features, labels, omics and splits came from
     versions: dict[str, str]
@@ -180,6 +183,29 @@ class Run:
     def finished(self, number: int) -> bool:
         """Whether a fold has been trained to its end."""
         return (self.fold(number) / PREDICTIONS).is_file()
+
+    def predictions(self) -> pd.DataFrame:
+        """The validation and test slides of all folds, as `read_predictions` returns them.
+
+        Raises:
+            InputError: predictions.csv is missing, lacks a fold, or says something else than that of a fold.
+        """
+        path = self.folder / PREDICTIONS
+        table = read_predictions(path)
+        remedy = "copy the run again, or go on with train --resume, which writes it anew"
+        for number in self.info.folds:
+            rows = table[table["fold"] == number]
+            if not len(rows):
+                raise InputError(f"{path}: expected predictions of fold {number} as run.json says, got none; {remedy}")
+            if (own := self.fold(number) / PREDICTIONS).is_file():
+                wanted = read_predictions(own)
+                facts = ["slide_id", "fold", "part", *(name for name in map(str, wanted) if name.startswith("prob_"))]
+                rows, wanted = (part.reindex(columns=facts).sort_values(facts[:3]) for part in (rows, wanted))
+                if not np.array_equal(rows.to_numpy(object), wanted.to_numpy(object)):
+                    raise InputError(
+                        f"{path}: expected the {len(wanted)} rows of {own}, got others ({len(rows)}); {remedy}"
+                    )
+        return table
 
     def load_model(self, number: int, device: torch.device | str = "cpu", *, tower: bool = False) -> MILModel:
         """The best epoch of a fold for inference: in evaluation mode, and with its genomics tower only where asked.

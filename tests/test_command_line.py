@@ -272,18 +272,30 @@ def contents(folder: Path) -> dict[str, bytes]:
         "predict run --features features --out /dev/null",
         "predict run --features features --out fifo",
         "splits labels.csv --out fifo",
+        "predict run --features features --out labels.csv",
+        "predict run --features features --out linked.csv",
+        "predict run --features features --out mine/fast/model.pt",
+        "predict run --features features --out p.csv --out-patients omics.csv",
+        "predict run --features features --out /dev/stdout",
+        "predict run --features features --out to-stdout",
+        "predict run --features features --out p.csv --out-patients /proc/self/fd/1",
+        "splits labels.csv --out mine --folds 2",
+        "graph features --out study/features",
     ],
 )
 def test_inputs_and_files_of_others_stay(words: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (project / "fifo").exists():
         os.mkfifo(project / "fifo")
         (project / "link").symlink_to("features")
+        (project / "linked.csv").symlink_to("labels.csv")
+        (project / "to-stdout").symlink_to("/dev/stdout")
         for name in (
             "study/internal.csv",
             "mine/report.md",
             "mine/index.html",
             "mine/results.csv",
             "mine/fast/model.pt",
+            "mine/splits_1.csv",
         ):
             (project / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project / "labels.csv", project / name)
@@ -294,6 +306,31 @@ def test_inputs_and_files_of_others_stay(words: str, project: Path, monkeypatch:
     one_line(momkd(*words.split(), *(["--device", "cpu"] if words.startswith("predict") else [])))
     assert contents(project) == before
     assert Path("/dev/null").is_char_device()
+
+
+def test_commands_replace_what_they_wrote(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.csv").symlink_to("p.csv")
+    (tmp_path / "empty.csv").touch()
+    predict = ("predict", project / "run", "--features", project / "features")
+    for slides, patients in (("p.csv", "c.csv"), ("p.csv", "c.csv"), ("link.csv", "empty.csv"), ("c.csv", "p.csv")):
+        done = momkd(*predict, "--out", slides, "--out-patients", patients)
+        assert done.code == 0, done.err
+    assert pd.read_csv("p.csv").columns[1] == "slides"
+    for folds in (2, 2, 3):
+        assert momkd("splits", project / "labels.csv", "--out", "splits", "--folds", folds).code == 0
+    text = Path("p.csv").read_text()
+    Path("p.csv").write_text(text.replace("case_id", "note,case_id", 1))
+    line = one_line(momkd(*predict, "--out", "p.csv"))
+    assert line.startswith("p.csv: expected no file or predictions of momkd to replace, got another file; choose")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_redirected_output_is_no_file_to_replace(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as file, pytest.raises(InputError, match="expected a file to write, got a device or a pipe"):
+        write_text(f"/proc/self/fd/{file.fileno()}", "x")
+    assert log.read_bytes() == b""
 
 
 def test_attention_replaces_attention_alone(project: Path, tmp_path: Path) -> None:

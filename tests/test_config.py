@@ -60,6 +60,8 @@ def test_a_file_over_a_preset(tmp_path: Path) -> None:
         ),
         ("epochs=3", "expected section.key=value such as memory.momentum=0.995, got 'epochs=3'"),
         ("train.epochs", "expected section.key=value"),
+        ("train.epochs=2\nx=1", r"--set: expected one section.key=value, got lines 'train.epochs=2\nx=1'; give --set"),
+        ("train.epochs=2\r\n[x]", "--set: expected one section.key=value, got lines"),
         ("train.epochs=0.5", "train.epochs: expected a whole number from 1 to 100000, got 0.5"),
         ("train.epochs=0", "train.epochs: expected a whole number from 1 to 100000, got 0"),
         ("train.epochs=true", "train.epochs: expected a whole number from 1 to 100000, got True"),

@@ -182,3 +182,21 @@ def test_what_cannot_be_converted_is_said(run: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["convert", str(tmp_path / "noise.pt"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 1
     assert isinstance(done.exception, InputError)
+
+
+@pytest.mark.parametrize("mine", ["text", "state", "module"])
+def test_only_a_converted_checkpoint_is_replaced(run: Path, tmp_path: Path, mine: str) -> None:
+    out = tmp_path / "a.pt"
+    for _ in range(2):
+        run_to_checkpoint(run, out)
+    if mine == "text":
+        out.write_text("slide_id,label\n")
+    else:  # a module named momkd leaves its name in the metadata
+        modules = torch.nn.ModuleDict({"momkd" if mine == "module" else "x": torch.nn.Linear(1, 1)})
+        torch.save(modules.state_dict(), out)
+    before = out.read_bytes()
+    with pytest.raises(
+        InputError, match=r"a\.pt: expected no file or a checkpoint that momkd converted to replace, got"
+    ):
+        run_to_checkpoint(run, out)
+    assert out.read_bytes() == before

@@ -29,7 +29,7 @@ from momkd.errors import InputError
 from momkd.evaluate import evaluate_external, evaluate_run
 from momkd.experiment import Reporter, train_run
 from momkd.models import MoMKD
-from momkd.predict import predict_run
+from momkd.predict import predict_run, threshold_of
 from momkd.runs import Run, load_weights
 from momkd.simulate import SimulatedCohort
 from momkd.train import Progress
@@ -343,6 +343,31 @@ def test_features_are_kept_only_on_a_gpu_and_only_when_asked(monkeypatch: pytest
     assert inference.device_cache(config().train, gpu) is None
 
 
+@pytest.mark.parametrize("harm", ["rows", "fold", "other"])
+def test_a_part_of_the_predictions_is_not_scored(trained: Run, tmp_path: Path, harm: str) -> None:
+    shutil.copytree(trained.folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    path = run.folder / "predictions.csv"
+    table = pd.read_csv(path, dtype=str)
+    if harm == "rows":
+        table.iloc[:-2].to_csv(path, index=False)
+        told = r"predictions\.csv: expected the \d+ rows of .*fold_1.predictions\.csv, got others"
+    elif harm == "fold":
+        table[table["fold"] == "1"].to_csv(path, index=False)
+        told = r"predictions\.csv: expected predictions of fold 0 as run\.json says, got none"
+    else:
+        table["prob_0"], table["prob_1"] = table["prob_1"], table["prob_0"]
+        table.to_csv(path, index=False)
+        told = "got others"
+    for used in (lambda: evaluate_run(run, bootstrap=0), lambda: threshold_of(run, [0], patients="mean")):
+        with pytest.raises(InputError, match=told):
+            used()
+    shutil.rmtree(run.folder / "fold_0")
+    shutil.rmtree(run.folder / "fold_1")
+    pd.read_csv(trained.folder / "predictions.csv", dtype=str).iloc[::-1].to_csv(path, index=False)
+    assert evaluate_run(run, bootstrap=10)["test"]  # of a run that was copied without its folds
+
+
 def test_a_folder_with_other_files_is_refused(tiny_cohort: SimulatedCohort, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="expected a new folder, got one with other files"):
@@ -572,7 +597,7 @@ def test_the_command_line_from_end_to_end(
     assert done.returncode == 0, done.stderr
     done = momkd("splits", own_cohort.labels, "--out", tmp_path / "s", "--folds", 3)
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "s").iterdir())) == 3
+    assert len(list((tmp_path / "s").glob("splits_*.csv"))) == 3
 
 
 def test_the_command_line_says_one_line_and_exits_with_2(

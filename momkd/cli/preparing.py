@@ -48,10 +48,11 @@ def splits(
 ) -> None:
     """Make splits by patient, stratified by class, in CLAM's files."""
     from momkd.data.outputs import check_outputs
-    from momkd.data.splits import make_splits, write_splits
+    from momkd.data.splits import check_splits_replaced, make_splits, write_splits
     from momkd.data.tables import read_labels
 
     check_outputs({f"splits_{n}.csv": out / f"splits_{n}.csv" for n in range(folds)}, {"the labels": labels})
+    check_splits_replaced(out, folds)
     table = read_labels(labels, label=label, options=label_options(classes, positive, missing, case_from))
     say_labels(table)
     made = make_splits(table, folds, seed, val)

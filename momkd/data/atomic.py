@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from momkd.data.files import leads_through_devices
 from momkd.errors import InputError
 
 _REMEDIES = {
@@ -79,6 +80,8 @@ def atomic_write(path: Path | str, *, suffix: str = "") -> Iterator[Path]:
 
 def _mode_to_keep(shown: Path, target: Path) -> int | None:
     """The permissions of the file that will be replaced, or None where there is none yet."""
+    if leads_through_devices(shown):
+        raise InputError(f"{shown}: expected a file to write, got a device or a pipe; choose another name")
     try:
         there = os.stat(target).st_mode
     except FileNotFoundError:

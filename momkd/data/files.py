@@ -36,6 +36,22 @@ def kind_of(path: Path | str) -> str:
     return _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
+def leads_through_devices(path: Path | str) -> bool:
+    """Return whether a path, or a link behind it, lies under /dev or /proc: /dev/stdout may lead to a regular file.
+
+    /dev/shm is a folder as any other. At most 40 links are followed, as by the system.
+    """
+    place = Path(os.path.abspath(path))
+    for _ in range(40):
+        folder = Path(os.path.realpath(place.parent))
+        if folder.parts[1:2] in (("dev",), ("proc",)) and folder.parts[:3] != ("/", "dev", "shm"):
+            return True
+        if not (place := folder / place.name).is_symlink():
+            return False
+        place = folder / os.readlink(place)
+    return True
+
+
 def regular_file(path: Path | str, expected: str, remedy: str = "check the path") -> Path:
     """Return the path, once a regular file is there.
 

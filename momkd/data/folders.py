@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from momkd.errors import InputError
 
@@ -87,12 +89,33 @@ def list_files(folder: Path) -> None:
     (folder / LIST).write_text(json.dumps({"momkd": _files(folder)}), encoding="utf-8")
 
 
+def listed(folder: Path, files: Iterable[Path]) -> str:
+    """The text of a folder's list with the digests of `files` in it, which will lie there by their names."""
+    known = _known(folder)
+    return json.dumps({**known, "digests": {path.name: _digest(path) for path in files}})
+
+
+def is_listed(path: Path) -> bool:
+    """Whether the list of a file's folder holds its digest: momkd wrote it, and nobody has changed it since."""
+    digests = _known(path.parent).get("digests")
+    return path.is_file() and isinstance(digests, dict) and digests.get(path.name) == _digest(path)
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    try:
+        known = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def foreign_file(folder: Path) -> str | None:
     """Return the first file of a folder that is not in its list, or has changed since; None where all are momkd's."""
-    try:
-        known = json.loads((folder / LIST).read_text(encoding="utf-8"))["momkd"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        known = {}
+    known = _known(folder).get("momkd")
     for path, size in _files(folder).items():
         if not (isinstance(known, dict) and known.get(path) == size):
             return path

@@ -84,22 +84,35 @@ def _read(path: Path, neighbours: int, digest: str) -> Edges:
     made: dict[str, Any] = {}
     try:
         with h5py.File(path) as file:
-            lists = []
-            for name in _LISTS:
-                data = own(file, name)
-                check_written(path, name, data, path.stat().st_size)
-                lists.append(torch.from_numpy(data[:].astype(np.int32)))
             made = plain_attributes(file)
-        edges = from_lists(*lists)
+            lists = [_list(path, file, name) for name in _LISTS if "neighbours" in made]
+        edges = from_lists(*lists) if lists else None
     except BlockingIOError as error:
         raise InputError(locked_elsewhere(path)) from error
     except Exception as error:  # HDF5's errors on a damaged file have several roots
+        if "neighbours" not in made:
+            raise _other_file(path) from error
         raise InputError(
             f"{path}: expected a graph of momkd, got one that does not read ({one_line(error)}); remove it"
         ) from error
+    if edges is None:
+        raise _other_file(path)
     if made.get("neighbours") != neighbours or made.get("coords") != digest:
         what = "the coordinates" if made.get("neighbours") == neighbours else f"{neighbours} neighbours"
         raise InputError(
             f"{path}: expected a graph of {what} of this slide, got another one; remove it to make it anew"
         )
     return edges
+
+
+def _list(path: Path, file: h5py.File, name: str) -> torch.Tensor:
+    if (data := own(file, name)) is None:
+        raise ValueError(f"no dataset {name!r} in it")
+    check_written(path, name, data, path.stat().st_size)
+    return torch.from_numpy(data[:].astype(np.int32))
+
+
+def _other_file(path: Path) -> InputError:
+    return InputError(
+        f"{path}: expected a graph of momkd, got another file or a damaged one; choose another folder for the graphs"
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import h5py
 
+from momkd.data.files import leads_through_devices
 from momkd.errors import InputError
 
 Place = Path | str | None
@@ -35,7 +36,7 @@ def check_outputs(
     written: dict[str, str] = {}
     for name, place in outputs.items():
         for out in _paths(place):
-            if out.exists() and not (out.is_file() or out.is_dir()):
+            if leads_through_devices(out) or (out.exists() and not (out.is_file() or out.is_dir())):
                 raise InputError(
                     f"{out}: expected a file or folder to write, got a device or a pipe; choose another {name}"
                 )
@@ -62,26 +63,43 @@ def run_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name in RUN_FILES or path.name.startswith("fold_")]
 
 
-def check_replaced(paths: Iterable[Path], dataset: str) -> None:
-    """Check that HDF5 files that will be written are not there yet, or are momkd's own: with `dataset`, no features.
+def check_replaced(
+    paths: Iterable[Path | str],
+    is_own: Callable[[Path], bool],
+    what: str,
+    *,
+    remedy: str = "choose another name, or move it elsewhere",
+) -> None:
+    """Check that files that will be written are not there yet, are empty, or were written by momkd.
+
+    Args:
+        paths: the files; links are followed.
+        is_own: whether momkd wrote a file, by what it holds.
+        what: what momkd would have written, in words: "predictions of momkd".
+        remedy: what to do otherwise.
 
     Raises:
-        InputError: naming the first that holds something else.
+        InputError: naming the first that is something else.
     """
-    for path in paths:
-        if path.exists() and not _holds(path, dataset):
-            raise InputError(
-                f"{path}: expected no file or an earlier one with {dataset!r} to replace, got another; choose another "
-                "folder"
-            )
+    for path in map(Path, paths):
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            continue
+        if path.is_dir() or not is_own(path):
+            came = "a folder" if path.is_dir() else "another file"
+            raise InputError(f"{path}: expected no file or {what} to replace, got {came}; {remedy}")
 
 
-def _holds(path: Path, dataset: str) -> bool:
-    try:
-        with h5py.File(path) as file:
-            return dataset in file and "features" not in file
-    except OSError:
-        return False
+def holds(dataset: str) -> Callable[[Path], bool]:
+    """Whether a file is HDF5 with this dataset, and has no features."""
+
+    def check(path: Path) -> bool:
+        try:
+            with h5py.File(path) as file:
+                return dataset in file and "features" not in file
+        except OSError:
+            return False
+
+    return check
 
 
 def _paths(places: Place | Iterable[Path]) -> list[Path]:

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from momkd.data.atomic import cannot_write, make_folder, sync_folder, write_csv
+from momkd.data.atomic import cannot_write, make_folder, sync_folder, write_csv, write_text
 from momkd.data.classes import by_name
 from momkd.data.files import existing_folder
+from momkd.data.folders import LIST, is_listed, listed
 from momkd.data.ids import check_printable, match_ids, matched_note
+from momkd.data.outputs import check_replaced
 from momkd.data.tables import Labels
 from momkd.data.text import is_unnamed, read_table
 from momkd.errors import InputError
@@ -182,11 +184,12 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
     """Writes splits_0.csv, ... as CLAM does: an unnamed index, then train, val and test, padded with empty cells.
 
     All files are written beside first. splits_0.csv comes last, and an older one is removed before the others are
-    replaced: without it no folder reads as splits, so an interruption leaves no part that looks like the whole.
+    replaced: without it no folder reads as splits, so an interruption leaves no part that looks like the whole. Only
+    splits that the folder's list of momkd's files holds, unchanged, are replaced.
 
     Raises:
-        InputError: the folder cannot be written, or holds files of more folds, which would be read along; or an id
-            would not be read back as it is.
+        InputError: the folder cannot be written, or holds splits of others, or files of more folds, which would be
+            read along; or an id would not be read back as it is.
     """
     folder = Path(directory)
     for split in splits:
@@ -198,8 +201,9 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
             raise InputError(
                 f"{folder}: expected no more than {len(splits)} folds, got an older {path.name}; remove it first"
             )
-    staging = folder / f".splits.{secrets.token_hex(6)}.tmp"
     names = [f"splits_{fold}.csv" for fold in range(len(splits))]
+    check_splits_replaced(folder, len(splits))
+    staging = folder / f".splits.{secrets.token_hex(6)}.tmp"
     for left in folder.glob(".splits.*.tmp"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -207,8 +211,10 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
         for name, split in zip(names, splits, strict=True):
             table = pd.DataFrame({part: pd.Series(slides, dtype=object) for part, slides in split.parts().items()})
             write_csv(staging / name, table, index=True)
-        (folder / names[0]).unlink(missing_ok=True)
-        for name in reversed(names):
+        write_text(staging / LIST, listed(folder, [staging / name for name in names]))
+        for name in names:  # the list names each file that is there, whenever this ends
+            (folder / name).unlink(missing_ok=True)
+        for name in (LIST, *reversed(names)):
             os.replace(staging / name, folder / name)
         sync_folder(folder)
     except InputError as error:
@@ -217,6 +223,13 @@ def write_splits(directory: Path | str, splits: Sequence[Split]) -> None:
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_splits_replaced(directory: Path | str, folds: int) -> None:
+    """Check that momkd wrote the splits that so many new ones would replace. Raises InputError."""
+    paths = [Path(directory) / f"splits_{fold}.csv" for fold in range(folds)]
+    remedy = "choose another --out, or remove them"
+    check_replaced(paths, is_listed, "splits that momkd made", remedy=remedy)
 
 
 def _check_ids(folder: Path, split: Split) -> None:

@@ -78,8 +78,26 @@ def test_a_broken_graph_is_refused(folder: Path, tmp_path: Path, harm: str) -> N
             else:
                 del file["order"]
                 file["order"] = np.arange(39, dtype=np.int32)
-    with pytest.raises(InputError, match=r"a\.h5: expected a graph of momkd, got one that does not read .*; remove it"):
+    told = (
+        "another file or a damaged one; choose another folder"
+        if harm == "bytes"
+        else "one that does not read .*; remove it"
+    )
+    with pytest.raises(InputError, match=rf"a\.h5: expected a graph of momkd, got {told}") as caught:
         graphs("a")
+    assert "NoneType" not in str(caught.value)
+
+
+@pytest.mark.parametrize("other", ["features", "text", "empty"])
+def test_another_file_in_the_place_of_a_graph_stays(folder: Path, tmp_path: Path, other: str) -> None:
+    path = tmp_path / "a.h5"
+    path.write_bytes({"features": (folder / "a.h5").read_bytes(), "text": b"years of work", "empty": b""}[other])
+    before = path.read_bytes()
+    with pytest.raises(
+        InputError, match=r"a\.h5: expected a graph of momkd, got another file .*; choose another folder"
+    ):
+        SlideGraphs(SlideFiles({"a": folder / "a.h5"}), 8, tmp_path)("a")
+    assert path.read_bytes() == before
 
 
 def test_slides_without_coordinates_are_named_before_any_work(folder: Path) -> None:

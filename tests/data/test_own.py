@@ -42,6 +42,7 @@ def refusal(read: Callable[[], object]) -> str:
         ("5", "9" * 5000, "got no such JSON (a number of thousands of digits)"),
         ("5", "1e999", "got no such JSON (Number out of range"),
         ("5", "NaN", "got no such JSON (JSON is malformed"),
+        ("[0]", "[]", "folds: expected a list of length >= 1, got []; train again"),
         ("[0]", "[1,1]", "folds: expected different numbers, got [1, 1] with one twice"),
         ("[0]", "[0,-3]", "folds[1]: expected int >= 0, got -3"),
         ("[0]", '{"a":1}', "folds: expected a list, got names with 1 values"),

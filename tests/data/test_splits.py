@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from momkd.data import Labels, Split, check_splits, make_splits, read_labels, read_splits, write_splits
+from momkd.data.folders import LIST
 from momkd.data.splits import check_parts, match_splits
 from momkd.errors import InputError
 from tests.data.conftest import refused
@@ -211,7 +212,7 @@ def test_splits_come_back_from_files(tmp_path: Path) -> None:
         folder = tmp_path / "new" / str(len(splits))
         write_splits(folder, splits)
         assert read_splits(folder) == splits
-        assert sorted(p.name for p in folder.iterdir()) == [f"splits_{k}.csv" for k in range(len(splits))]
+        assert sorted(p.name for p in folder.glob("*.csv")) == [f"splits_{k}.csv" for k in range(len(splits))]
 
 
 def test_files_are_as_clam_writes_them(tmp_path: Path) -> None:
@@ -329,13 +330,35 @@ def test_a_set_is_written_whole_or_does_not_read(
             assert calls >= at
         else:
             assert found in (before[:old], after)
-        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] in ([], [LIST])
         if calls < at:
             assert found == after
             break
+        write_splits(folder, after)  # once more over what was left
+        assert read_splits(folder) == after
     assert 6 < at < 39
-    write_splits(tmp_path / "1", after)  # and once more over what was left
-    assert read_splits(tmp_path / "1") == after
+
+
+@pytest.mark.parametrize("change", ["made by hand", "same size", "longer", "a folder", "another list"])
+def test_splits_of_others_are_not_replaced(tmp_path: Path, change: str) -> None:
+    split = Split(("a", "b"), ("c",), ())
+    write_splits(tmp_path, [split] * 2)
+    mine, kept = tmp_path / "splits_1.csv", tmp_path / LIST
+    if change == "made by hand":
+        kept.unlink()
+    elif change == "same size":  # a slide in another part
+        mine.write_text(mine.read_text().replace("a", "c", 1).replace(",c", ",a", 1))
+    elif change == "longer":
+        mine.write_text(mine.read_text() + "9,z,,\n")
+    elif change == "a folder":
+        mine.unlink()
+        mine.mkdir()
+    else:
+        kept.write_text('{"digests": [1]}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with refused(tmp_path, "splits that momkd made to replace, got a", "; choose another --out, or remove them"):
+        write_splits(tmp_path, [Split(("x",), ("y",), ())] * 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_a_slide_named_like_padding_is_kept_where_it_is_known(tmp_path: Path) -> None:
