@@ -9,19 +9,20 @@ A column is left out, by these rules in this order, unless the user keeps it:
    silent gene does; so does one of mostly 0 in a table of log2(counts + 1), and all where such columns are common (over
    10 and over 5 %): that is how the assay counts.
 3. Its scale is another than that of the rest: where logarithms or small values (at most 50) are the rule, a maximum
-   above 50 and 4 times the usual one; where values are negative too, a median of |x| 30 times the usual one. Where such
-   columns are common (over 3 and over 0.5 %) the table holds counts, whose genes differ by orders of magnitude, and all
-   stay. What is named like a gene (ACTB, MT-CO1, ENSG00000075624, 60) stays always.
-4. It is the label: see `label_copies`.
+   above 50 and 4 times the usual one; where values are negative too, a median of |x| 30 times the usual one, unless
+   such columns are common (over 3 and over 0.5 %). In a table of counts (`momkd.data.counts`), whose genes differ by
+   orders of magnitude, all stay. What is named like a gene (ACTB, MT-CO1, ENSG00000075624, 60) stays always.
+4. It has a negative value in a table of counts, whose log2(x + 1) is taken.
+5. It is the label: see `label_copies`.
 
-Rules 2 and 3 need 10 cases.
+Rules 2 and 3 need 10 cases. Names that end in _mut, _cnv, _cna or _rnaseq, in any case, are genes by rules 1 to 3.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from momkd.data.counts import (
+    COUNTS_ABOVE,
+    Mask,
+    Ranges,
+    are_counts,
+    column_blocks,
+    is_modality,
+    is_signed,
+    ranges,
+    voting,
+)
 from momkd.data.files import kind_of, regular_file
 from momkd.data.text import READ_ERRORS, open_text, sniff, unreadable
 from momkd.errors import InputError
 
 ALL = "all"  # keeps every column
-COUNTS_ABOVE = 50.0  # log2 of any count stays below, z-scores and other differences have negative values
 SAME = 0.98  # correlation with the label from which on a column is taken for the label
 _OF_CLASS, _IN_ALL = 5, 20  # cases, so that no gene reaches that correlation by chance
 LEAST_CASES = 10  # whose values can be told apart from those of metadata
@@ -64,14 +75,13 @@ _CLINICAL_PATTERN = re.compile(
 )
 _SEPARATORS = str.maketrans("", "", " _.-")
 _GENE_NAME = re.compile(r"(ENS[A-Z]*G\d{6,}(\.\d+)?|[A-Z][A-Z0-9]+([-.][A-Z0-9]+)*|C\d+orf\d+|\d+)([|( ].*)?")
-Doubles = npt.NDArray[np.float64]
 
 _LIST, _LARGEST_LIST = "a list of columns, one a line", 1 << 26  # bytes
-_BLOCK = 1 << 22  # values that one step looks at, to bound its memory
 
 CLINICAL_NAME = "clinical names"
 FEW_INTEGERS = "few distinct integers among fractions"
 OTHER_SCALE = "another scale than the rest"
+NEGATIVE = "negative values in a table of counts, whose log2(x + 1) is taken"
 LABEL_COPY = f"correlation above {SAME} with the label"
 
 
@@ -80,6 +90,8 @@ LABEL_COPY = f"correlation above {SAME} with the label"
 
 def is_clinical(name: str) -> bool:
     """Whether a column is metadata by its name; see `CLINICAL`."""
+    if is_modality(name):
+        return False
     if _squeezed(name) in CLINICAL:
         return True
     if name.isalnum():  # one word, as most genes are
@@ -171,7 +183,7 @@ class GeneRules:
         Args:
             table: cases × genes, finite.
         """
-        return self._but_kept(unlike_expression(table)) if len(table) >= LEAST_CASES else {}
+        return self._but_kept(unlike_expression(table))
 
     def by_label(self, table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
         """Columns that are the label in other words, each with the reason; see `label_copies`."""
@@ -200,25 +212,35 @@ def no_genes(source: str, corner: str, left_out: Mapping[str, str]) -> InputErro
 
 
 def unlike_expression(table: pd.DataFrame) -> dict[str, str]:
-    """Columns whose values are not like those of the others: rules 2 and 3."""
-    values = table.to_numpy()
-    extremes = zip(*((v.min(0), v.max(0), (v == np.rint(v)).all(0)) for v in _blocks(values)), strict=True)
-    low, high, whole = (np.concatenate(parts) for parts in extremes)
-    few = _few_integers(values, whole & (high > low))
+    """Columns whose values are not like those of the others: rules 2 to 4."""
+    values, names = table.to_numpy(), [str(name) for name in table.columns]
+    found = ranges(values)
+    few = np.zeros(len(names), bool)
+    if len(table) >= LEAST_CASES:
+        modal = np.array([is_modality(name) for name in names], bool)
+        others = values[:, ~modal] if modal.any() else values
+        few[~modal] = _few_integers(others, (found.whole & (found.high > found.low))[~modal])
     left_out = dict.fromkeys(map(str, table.columns[few]), FEW_INTEGERS)
     if not few.all():
-        others = table.loc[:, ~few] if few.any() else table
-        scale = _other_scale(others, low[~few].astype(np.float64), high[~few].astype(np.float64))
-        left_out |= dict.fromkeys(map(str, others.columns[scale]), OTHER_SCALE)
+        rest = table.loc[:, ~few] if few.any() else table
+        names, found = list(map(str, rest.columns)), found[~few]
+        if are_counts(found, names):
+            odd, reason = found.low < 0, NEGATIVE
+        elif len(table) >= LEAST_CASES:
+            odd, reason = _other_scale(rest, names, found), OTHER_SCALE
+        else:
+            return left_out
+        left_out |= dict.fromkeys(map(str, rest.columns[odd]), reason)
     return left_out
 
 
-def _few_integers(values: npt.NDArray[Any], integers: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def _few_integers(values: npt.NDArray[Any], integers: Mask) -> Mask:
     """Rule 2; `integers` says which columns hold several integers and nothing else."""
     few = np.zeros_like(integers)
     if 2 * integers.sum() >= len(integers) or not integers.any():
         return few
-    log_counts = np.concatenate([np.isclose(v, np.log2(3), atol=1e-4).any(0) for v in _blocks(values)]).mean() > 0.05
+    twos = np.concatenate([np.isclose(v, np.log2(3), atol=1e-4).any(0) for v in column_blocks(values)])
+    log_counts = twos.mean() > 0.05
     for i in np.flatnonzero(integers):
         found, counts = np.unique(values[:, i], return_counts=True)
         silent = counts.max() > 0.8 * len(values) or (log_counts and found[counts.argmax()] == 0)
@@ -226,20 +248,17 @@ def _few_integers(values: npt.NDArray[Any], integers: npt.NDArray[np.bool_]) -> 
     return few if few.sum() <= max(10, 0.05 * len(few)) else np.zeros_like(few)
 
 
-def _other_scale(table: pd.DataFrame, low: Doubles, high: Doubles) -> npt.NDArray[np.bool_]:
-    """Rule 3, by the extremes of each column."""
-    if low.min() < 0:
-        size = np.concatenate([np.median(np.abs(part), axis=0) for part in _blocks(table.to_numpy())])
-        odd = size > 30 * np.median(size)
+def _other_scale(table: pd.DataFrame, names: list[str], found: Ranges) -> Mask:
+    """Rule 3, of a table that holds no counts."""
+    signed, votes = is_signed(found, names), voting(found, names)
+    if signed:
+        size = np.concatenate([np.median(np.abs(part), axis=0) for part in column_blocks(table.to_numpy())])
+        odd = size > 30 * np.median(size[votes])
     else:
-        odd = (high > COUNTS_ABOVE) & (high > 4 * np.median(high))
-    named = np.zeros_like(odd)
-    named[odd] = [_GENE_NAME.fullmatch(name) is not None for name in table.columns[odd]]
-    largest = high[~(odd & ~named)].max()
-    odd &= ~named
-    counts = low.min() >= 0 and largest > COUNTS_ABOVE  # of other columns too
-    common = odd.sum() > max(3, 0.005 * len(odd)) or 5 * odd.sum() >= len(odd)
-    return np.zeros_like(odd) if counts or common else odd
+        odd = (found.high > COUNTS_ABOVE) & (found.high > 4 * np.median(found.high[votes]))
+    odd[odd] = [not (_GENE_NAME.fullmatch(names[i]) or is_modality(names[i])) for i in np.flatnonzero(odd)]
+    common = signed and (odd.sum() > max(3, 0.005 * len(odd)) or 5 * odd.sum() >= len(odd))
+    return np.zeros_like(odd) if common else odd
 
 
 def label_copies(table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
@@ -260,21 +279,14 @@ def label_copies(table: pd.DataFrame, classes: npt.ArrayLike) -> dict[str, str]:
     if len(found) < 2 or rows.sum() < _IN_ALL:
         return {}
     member = (label[rows, None] == found).astype(np.float64)  # (cases, C)
-    copies: list[npt.NDArray[np.bool_]] = []
-    for part in _blocks(table.to_numpy()):
+    copies: list[Mask] = []
+    for part in column_blocks(table.to_numpy()):
         centred = part[rows].astype(np.float64)
         centred -= centred.mean(0)
         between = ((member.T @ centred) ** 2 / member.sum(0)[:, None]).sum(0)
         total = (centred**2).sum(0)
         copies.append(between > SAME**2 * np.maximum(total, 1e-12))
     return dict.fromkeys(map(str, table.columns[np.concatenate(copies)]), LABEL_COPY)
-
-
-def _blocks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    """The columns, some at a time."""
-    step = max(1, _BLOCK // max(1, len(values)))
-    for start in range(0, values.shape[1], step):
-        yield values[:, start : start + step]
 
 
 # -- notes -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.ensemble import GradientBoostingClassifier
 
+from momkd.data.counts import are_counts, ranges
 from momkd.data.own import Finite, fitted
 from momkd.data.raw import one_line
 from momkd.errors import InputError
@@ -24,7 +25,6 @@ Doubles = npt.NDArray[np.float64]
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1.7e308)]
 
 SELECT = ("importance", "variance", "all")
-_COUNTS_ABOVE = 50.0  # log2 of any count stays below, z-scores and other differences have negative values
 # Ranges between quantiles, each with its width for a normal distribution of sd 1: the first that isn't 0 is the scale.
 _RANGES = ((0.25, 0.75, 1.349), (0.10, 0.90, 2.563), (0.05, 0.95, 3.290), (0.01, 0.99, 4.653), (0.0, 1.0, 6.0))
 _BLOCK = 1 << 22  # values that one step looks at, to bound its memory
@@ -83,7 +83,7 @@ class OmicsTransform:
             select: "importance": by gradient-boosted trees on the labelled cases. They see the 2,000 genes (or 4 times
                 `genes`) of the highest F statistic; genes that no tree used follow by variance. Where the labels hold
                 fewer than two classes it is "variance": of the winsorised v. "all": every gene.
-            log: True, False, or "auto": where no value is negative and the largest is above 50, as in counts or TPM.
+            log: True, False, or "auto": where most columns look like counts or TPM; see `looks_like_counts`.
             clip: bound of the result and of the winsorising, in units of sd.
             seed: of the trees; the same seed gives the same genes.
 
@@ -214,9 +214,10 @@ def _between(values: Doubles, member: Doubles) -> Doubles:
 
 
 def looks_like_counts(table: pd.DataFrame) -> bool:
-    """Whether no value is negative and the largest is above 50, as in counts or TPM, whose logarithm is to be taken."""
-    extremes = [(values.min(), values.max()) for values in (_values(table, at, False) for at in _blocks(table))]
-    return bool(min(low for low, _ in extremes) >= 0 and max(high for _, high in extremes) > _COUNTS_ABOVE)
+    """Whether log2(x + 1) is to be taken, as of counts or TPM, by most columns; see `momkd.data.counts`."""
+    for at in _blocks(table):
+        _values(table, at, False)  # an error where a cell is no finite number
+    return are_counts(ranges(table.to_numpy(dtype=np.float64)), [str(name) for name in table.columns])
 
 
 def _blocks(table: pd.DataFrame) -> Iterator[npt.NDArray[np.int64]]:
@@ -250,6 +251,7 @@ def _values(table: pd.DataFrame, at: npt.NDArray[np.intp], log: bool) -> Doubles
         raise InputError(
             f"omics: expected {wanted}, got {values[row, column]:g} for case {part.index[row]!r} and gene "
             f"{part.columns[column]!r}; give the same kind of table throughout"
+            + (", leave the column out, or set omics.log to no" if log else "")
         )
     if log:
         values = np.log2(values + 1)

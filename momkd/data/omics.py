@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from momkd.data.counts import are_counts, is_signed, like_counts, ranges, scale_note
 from momkd.data.files import kind_of
 from momkd.data.gene_columns import GeneRules, kept_columns, left_out_note, no_genes
-from momkd.data.genes import looks_like_counts
 from momkd.data.omics_text import EXPECTED, Floats, Profiles, no_number, read_text_profiles
 from momkd.data.raw import one_line, open_raw
 from momkd.data.tables import Labels
@@ -38,6 +38,7 @@ class Omics:
         counts: whether the logarithm of the values is to be taken; None where it was not looked at.
         rules: what its genes were chosen by.
         remarks: what else a user should know of the file, a line each, without its name.
+        scale: a line on genes that disagree with `counts`, or None.
     """
 
     table: pd.DataFrame
@@ -46,6 +47,7 @@ class Omics:
     counts: bool | None = None
     rules: GeneRules = field(default_factory=GeneRules)
     remarks: tuple[str, ...] = ()
+    scale: str | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -59,6 +61,7 @@ class Omics:
     def notes(self) -> list[str]:
         """What a user should know, a line each."""
         lines = [*self.remarks, *([left_out_note(self.left_out)] if self.left_out else [])]
+        lines += [self.scale] if self.scale else []
         return [f"{self.source}: {line}" for line in lines]
 
     def without_label(self, labels: Mapping[str, int]) -> Omics:
@@ -81,7 +84,15 @@ class Omics:
         if not any(kept):
             raise no_genes(self.source, "case_id", everything)
         table = self.table.loc[:, kept]
-        return replace(self, table=table, left_out=everything, counts=looks_like_counts(table))
+        return replace(self, table=table, left_out=everything)._decided()
+
+    def _decided(self) -> Omics:
+        """With `counts` and `scale`, by the genes that it has now."""
+        found, names = ranges(self.table.to_numpy()), [str(name) for name in self.table.columns]
+        if are_counts(found, names):
+            return replace(self, counts=True, scale=None)
+        odd = [names[i] for i in np.flatnonzero(like_counts(found))]
+        return replace(self, counts=False, scale=scale_note(odd, is_signed(found, names)) if odd else None)
 
 
 def case_classes(labels: Labels, slides: Sequence[str] | None = None) -> dict[str, int]:
@@ -251,5 +262,5 @@ def _checked(path: Path, read: Profiles, rules: GeneRules) -> Omics:
     if dates := [gene for gene in genes if _DATE.fullmatch(gene)]:
         told = f"genes such as {dates[0]!r} are dates that a spreadsheet made of names like MARCH1 or SEPT2"
         remarks = (*remarks, f"{told} ({len(dates)} in all); rename them")
-    omics = Omics(table, path, read.left_out, looks_like_counts(table), rules, remarks)
-    return omics._without(rules.by_value(table))
+    omics = Omics(table, path, read.left_out, rules=rules, remarks=remarks)
+    return omics._without(left_out) if (left_out := rules.by_value(table)) else omics._decided()

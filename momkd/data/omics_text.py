@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +21,8 @@ from momkd.errors import InputError
 Floats = npt.NDArray[np.float32]
 
 EXPECTED = "an omics table"
+_THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2}[.,]\d{3}\s*")
+_WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 
 
 class Profiles(NamedTuple):
@@ -52,6 +55,7 @@ def read_text_profiles(path: Path, rules: GeneRules) -> Profiles:
     remarks = [*dialect.notes, *(["decimal commas are read as points"] if dialect.decimal == "," else [])]
     ids: list[str] = []
     rows: list[Floats] = []
+    thousands = _Thousands(path, dialect.decimal)
     try:
         with open_text(path, dialect) as file:
             reader = csv.reader(file, delimiter=dialect.sep, strict=True)
@@ -73,11 +77,52 @@ def read_text_profiles(path: Path, rules: GeneRules) -> Profiles:
                         f"{path}: line {reader.line_num}: expected {len(header)} cells, got {len(row)}; mend the line"
                     )
                 ids.append(row[at_id].strip())
-                rows.append(_numbers(path, ids[-1], genes, pick(row), dialect.decimal))
+                cells = pick(row)
+                thousands.see(ids[-1], genes, cells)
+                rows.append(_numbers(path, ids[-1], genes, cells, dialect.decimal))
     except READ_ERRORS as error:
         raise unreadable(path, EXPECTED, error) from error
+    thousands.refuse()
     values = np.stack(rows) if rows else np.zeros((0, len(genes)), np.float32)
     return Profiles(header[at_id], ids, genes, values, left_out, tuple(remarks))
+
+
+class _Thousands:
+    """Looks for separators of thousands: whole numbers, and three digits behind each decimal sign there is."""
+
+    def __init__(self, path: Path, decimal: str) -> None:
+        self.path, self.decimal = path, decimal
+        self.possible, self.whole = True, False  # whether a cell without the sign is a whole number
+        self.first = ("", "", "")
+
+    def see(self, case: str, genes: Sequence[str], cells: Sequence[str]) -> None:
+        """Look at a row, as long as all before look so."""
+        if not self.possible:
+            return
+        text = "\n".join(cells)
+        if self.decimal not in text and self.whole and "." not in text:
+            return
+        for gene, cell in zip(genes, cells, strict=True):
+            if self.decimal in cell:
+                if not _THOUSANDS.fullmatch(cell):
+                    self.possible = False
+                    return
+                self.first = self.first if self.first[2] else (case, gene, cell.strip())
+            elif _WHOLE.fullmatch(cell):
+                self.whole = True
+            elif cell.strip() not in MISSING:
+                self.possible = False
+                return
+
+    def refuse(self) -> None:
+        """Raise where all rows look so."""
+        case, gene, cell = self.first
+        if self.possible and self.whole and cell:
+            raise InputError(
+                f"{self.path}: case {case!r}, gene {gene!r}: expected a plain number, got {cell!r} among whole "
+                f"numbers, which looks like {cell.replace(self.decimal, '')} with a separator of thousands; write "
+                f"numbers without such separators, or {cell}0 where it is a fraction"
+            )
 
 
 def _numbers(path: Path, case: str, genes: Sequence[str], cells: Sequence[str], decimal: str) -> Floats:
@@ -105,6 +150,8 @@ def _number(path: Path, case: str, gene: str, cell: str) -> float:
     except ValueError:
         pass
     hint = " (a decimal comma: write a point)" if has_decimal_comma(cell) else ""
+    if hint and _THOUSANDS.fullmatch(cell):
+        hint = " (a separator of thousands: leave it out; or a decimal comma: write a point)"
     raise no_number(path, case, gene, f"{cell!r:.60}{hint}")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from momkd.data import read_omics
 from momkd.data.gene_columns import is_clinical, kept_columns, label_copies, unlike_expression
+from momkd.data.genes import OmicsTransform
 from momkd.errors import InputError
 
 CASES = 40
@@ -29,9 +30,8 @@ def named(values: np.ndarray, names: list[str]) -> pd.DataFrame:
 
 def saved(folder: Path, table: pd.DataFrame, **columns: object) -> Path:
     path = folder / "omics.csv"
-    table.assign(**{name.replace("__", " "): value for name, value in columns.items()}).to_csv(
-        path, index_label="case_id"
-    )
+    beside = pd.DataFrame({name.replace("__", " "): value for name, value in columns.items()}, table.index)
+    pd.concat([table.drop(columns=beside.columns, errors="ignore"), beside], axis=1).to_csv(path, index_label="case_id")
     return path
 
 
@@ -95,7 +95,7 @@ def test_logarithms_are_decided_by_genes_alone(tmp_path: Path) -> None:
         got = read_omics(saved(tmp_path, table, **{name: value}))
         assert list(got.left_out) == [name]
         assert got.counts is False
-    assert read_omics(saved(tmp_path, table, age=90), keep=["age"]).counts is True
+    assert read_omics(saved(tmp_path, table, age=90), keep=["age"]).counts is False
     assert read_omics(saved(tmp_path, np.exp2(table) - 1)).counts is True
 
 
@@ -198,3 +198,124 @@ def test_genes_that_a_spreadsheet_took_for_dates_are_named(tmp_path: Path) -> No
     (note,) = read_omics(saved(tmp_path, table)).notes
     assert "genes such as '1-Mar' are dates" in note
     assert "(2 in all)" in note
+
+
+def expression(kind: str, genes: int = 500) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    tpm = np.exp(rng.normal(2, 2.5, genes) + rng.normal(0, 0.6, (CASES, genes)))
+    values = {
+        "log": np.log2(tpm + 1),
+        "log_counts": np.log2(rng.poisson(tpm * 30) + 1),
+        "counts": rng.poisson(tpm),
+        "tpm": tpm,
+        "rsem": np.where(rng.random(genes) < 0.6, rng.poisson(tpm), tpm),
+        "fpkm": tpm / 30,  # 4 % of the genes exceed 50
+        "sparse": rng.poisson(tpm / 30),
+        "z": (tpm - tpm.mean(0)) / tpm.std(0) * np.where(rng.random(genes) < 0.05, 30, 1),
+        "copies": rng.integers(-2, 3, (CASES, genes)),
+    }[kind]
+    return named(values, [f"g{i}" for i in range(genes)])
+
+
+@pytest.mark.parametrize("genes", [24, 500])
+@pytest.mark.parametrize(
+    "kind", ["log", "log_counts", "counts", "tpm", "rsem", "fpkm", "sparse", "z", "copies", "small", "one case"]
+)
+def test_the_logarithm_is_decided_by_most_columns(tmp_path: Path, kind: str, genes: int) -> None:
+    table = expression("tpm" if kind in ("small", "one case") else kind, genes)
+    if kind == "small":  # a panel of which two exceed 50
+        table = table.iloc[:, :20].clip(0, 40).assign(**{"HLA-A": 90, "B2M": table.iloc[:, 0] * 100})
+    table = table.head(1) if kind == "one case" else table
+    want = kind not in ("log", "log_counts", "z", "copies")
+    want = want and not (kind in ("fpkm", "sparse") and table.to_numpy().max() <= 50)
+    got = read_omics(saved(tmp_path, table))
+    assert got.counts is want
+    assert got.left_out == {}
+    assert got.notes == []
+
+
+@pytest.mark.parametrize("genes", [24, 500])
+def test_clinical_columns_named_like_genes_switch_no_logarithm_on(tmp_path: Path, genes: int) -> None:
+    for name in ("PSA", "LDH", "CEA", "CA125", "HGB"):
+        path = saved(tmp_path, expression("log", genes), **{name: RNG.normal(500, 100, CASES)})
+        got = read_omics(path)
+        assert got.counts is False
+        assert name in got.table
+        (note,) = got.notes
+        assert note.startswith(f"{path}: log2(x + 1) is not taken: other columns hold values of logarithms; unlike")
+        assert f"values from 0 to above 50: {name};" in note
+    assert read_omics(saved(tmp_path, expression("log", genes)), keep="all").notes == []
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 6, 20])
+def test_columns_of_another_scale_are_left_out_whatever_their_number(tmp_path: Path, number: int) -> None:
+    odd = {f"Lab{i}": RNG.normal(300, 50, CASES) for i in range(number)}
+    path = saved(tmp_path, expression("log"), **odd)
+    got = read_omics(path)
+    assert list(got.left_out) == list(odd)
+    assert got.counts is False
+    kept = read_omics(path, keep=",".join(odd))
+    assert kept.counts is False
+    assert ("(20 in all)" in kept.notes[0]) == (number == 20)
+
+
+@pytest.mark.parametrize("kind", ["counts", "tpm", "rsem", "fpkm"])
+@pytest.mark.parametrize("genes", [24, 500])
+def test_negative_columns_switch_no_logarithm_off(tmp_path: Path, kind: str, genes: int) -> None:
+    table = expression(kind, genes) * (30 if genes == 24 else 1)
+    path = saved(tmp_path, table, HYPOXIA=RNG.integers(-50, 50, CASES), PC1=RNG.normal(0, 1, CASES))
+    got = read_omics(path)
+    assert got.counts is True
+    assert list(got.left_out) == ["HYPOXIA", "PC1"]
+    assert "HYPOXIA, PC1 (negative values in a table of counts, whose log2(x + 1) is taken)" in got.notes[0]
+    kept = read_omics(path, keep="PC1")
+    assert kept.counts is True
+    with pytest.raises(
+        InputError, match=r"values >= 0, whose .* gene 'PC1'; .* leave the column out, or set omics.log"
+    ):
+        OmicsTransform.fit(kept.table, select="all", log=True)
+
+
+@pytest.mark.parametrize("kind", ["z", "log", "counts"])
+@pytest.mark.parametrize("number", [1, 8, 24, 100])
+def test_mutations_and_copy_numbers_are_genes(tmp_path: Path, kind: str, number: int) -> None:
+    table = expression(kind)
+    more = {f"OS{i}_MUT" if i % 2 else f"os_{i}_mut": RNG.integers(0, 2, CASES) for i in range(number)}
+    got = read_omics(saved(tmp_path, table, **more))
+    assert (got.left_out, got.counts, got.notes) == ({}, kind == "counts", [])
+    more |= {f"TP{i}_cnv": RNG.integers(-2, 3, CASES) for i in range(number)} | {"A_cna": -LABEL, "B_RNAseq": LABEL}
+    got = read_omics(saved(tmp_path, table, **more))
+    assert (got.left_out, got.counts) == ({}, False)
+    if kind == "counts":
+        assert "log2(x + 1) is not taken: other columns hold negative values; unlike them" in got.notes[0]
+
+
+@pytest.mark.parametrize(("sep", "sign"), [(";", ","), (";", "."), (",", "."), ("\t", ",")])
+def test_separators_of_thousands_are_no_decimal_signs(tmp_path: Path, sep: str, sign: str) -> None:
+    path = tmp_path / "omics.csv"
+    rows = [[f"c{i}", "12", "980", "7"] for i in range(12)]
+
+    def write(*cells: str) -> Path:
+        some = [["case_id", "A", "B", "C"], [*rows[0][:2], cells[0], "3"], *rows[1:]]
+        some[-1][1:] = ["12", *cells[1:]] if len(cells) == 3 else some[-1][1:]
+        path.write_text("\n".join(sep.join(row) for row in some) + "\n")
+        return path
+
+    cell = f"1{sign}234"
+    with pytest.raises(InputError, match=f"case 'c0', gene 'B': expected a plain number, got '{cell}' among whole.*"):
+        read_omics(write(cell))
+    for cells in ((f"0{sign}234",), (f"1{sign}2340",), (cell, f"2{sign}5", "3"), ("1e3",), ("1234",)):
+        assert read_omics(write(*cells)).table.shape == (12, 3)
+    late = "\n".join(
+        sep.join(row)
+        for row in [
+            ["case_id", "A", "B", "C"],
+            *([f"p{i}", "5", "6", "7"] for i in range(24)),
+            ["z", "1", '"1,234"', "2"],
+        ]
+    )
+    path.write_text(late)
+    with pytest.raises(InputError, match="got '1,234' \\(a separator of thousands: leave it out; or a decimal comma"):
+        read_omics(path)
+    path.write_text(f"case_id{sep}A{sep}B\na{sep}1{sign}234{sep}2{sign}500\nb{sep}3{sign}125{sep}7{sign}250\n")
+    assert read_omics(path).table.iloc[0, 0] == np.float32(1.234)  # all with three digits: fractions
