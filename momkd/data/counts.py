@@ -6,7 +6,7 @@ clinical columns that are none by their names (PSA, a score of hypoxia) don't de
 exceed 50, one of these must be seen besides, since TPM of a panel look so too:
 
 - most columns are whole numbers, which logarithms are not;
-- other columns lie between 25, which logarithms hardly reach, and 50: 2 at least, and a third as many;
+- other columns lie between 25, which logarithms hardly reach, and 50: 2 and 0.2 % at least, and a third as many;
 - at least 3 columns, and a tenth, have a maximum between 10 and 50, and half of these exceed 3 times their mean, as
   long tails do.
 
@@ -94,7 +94,7 @@ def are_counts(found: Ranges, names: list[str]) -> bool:
     long = int((usual.high > _TAIL * usual.mean).sum())
     tails = len(usual.high) >= max(3, 0.1 * len(voters.high)) and 2 * long >= len(usual.high)
     whole = 2 * int(voters.whole.sum()) > len(voters.whole)
-    return above > 0 and (whole or between >= max(2, above / 3) or tails)
+    return above > 0 and (whole or between >= max(2, above / 3, 0.002 * len(voters.high)) or tails)
 
 
 def like_counts(found: Ranges) -> Mask:
