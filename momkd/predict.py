@@ -95,8 +95,9 @@ def predict_run(
     models = [run.load_model(fold, where) for fold in used]
     cohort, loader = open_slides(run, features, where, skip_bad=skip_bad, graphs=graphs, patch_budget=patch_budget)
     note = note or (lambda text: None)
-    for told in cohort.notes:
-        note(told)
+    told = cohort.notes
+    for text in told:
+        note(text)
     case_ids = _case_ids(loader.slide_ids, cases, case_from, note)
     folder = None if attention is None else make_folder(attention)
     if folder is not None:
@@ -115,6 +116,9 @@ def predict_run(
                 report(len(slides), len(cohort))
     if not slides:
         raise none_left(str(features), loader.slide_ids, cohort.skipped)
+    for text in cohort.notes:  # of coordinates, which were read meanwhile
+        if text not in told:
+            note(text)
     facts = pd.DataFrame({"case_id": case_ids, "label": -1}, index=pd.Index(loader.slide_ids, name="slide_id"))
     at: dict[str, Any] = {"fold": used[0] if len(used) == 1 else None, "part": PREDICT}
     table = prediction_table(

@@ -69,6 +69,14 @@ def test_blocks_change_no_prediction(features: Path, tmp_path: Path, settings: l
             assert "slots" not in whole or np.array_equal(blocks["slots"][:], whole["slots"][:])
 
 
+def test_what_coordinates_say_is_told_once_they_are_read(features: Path, tmp_path: Path) -> None:
+    with h5py.File(features / "giant.h5", "a") as file:
+        file["coords"][:] *= 2
+    run, told = made(tmp_path / "run", "abmil", *SMALL), list[str]()
+    predict_run(run, features, tmp_path / "out.csv", attention=tmp_path / "attention", note=told.append)
+    assert sum("giant.h5: the grid is 2 times as wide as a patch" in note for note in told) == 1
+
+
 def test_blocks_change_no_explanation(features: Path, tmp_path: Path) -> None:
     run = made(tmp_path / "run", "fast", *SMALL)
     for budget in (None, 50):

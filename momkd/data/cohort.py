@@ -11,7 +11,7 @@ from torch import Tensor
 
 from momkd.data.graphs import SlideGraphs, no_coords
 from momkd.data.ids import match_ids, matched_note
-from momkd.data.sources import SlideSource, open_source
+from momkd.data.sources import SlideFiles, SlideSource, open_source
 from momkd.errors import InputError
 
 
@@ -47,6 +47,8 @@ class Cohort:
         """What was found or converted while slides were read, a line each."""
         noted = getattr(self.source, "noted", {})
         lines = [self.matched] if self.matched else []
+        if overlooked := getattr(self.source, "overlooked", ""):
+            lines.append(f"{next(iter(self.source.paths.values())).parent}: {overlooked}")
         for note, slides in noted.items():
             slides = [slide for slide in slides if slide in self.paths]
             if slides:
@@ -109,6 +111,7 @@ def open_cohort(
     wanted = list(found) if slide_ids is None else list(slide_ids)
     if matched := match_ids(wanted, found):
         files.alias(matched)
+    overlooked = getattr(files, "overlooked", "")
     bad: dict[str, str] = {}
     headers: dict[str, tuple[int, int, str]] = {}
     for slide in wanted:
@@ -116,7 +119,7 @@ def open_cohort(
             example = next(iter(found))
             bad[slide] = (
                 f"{features}: expected a feature file of slide {slide!r} of {source}, got none (slides are named "
-                f"like {example!r}); extract its features or make the ids agree"
+                f"like {example!r}); {overlooked or 'extract its features or make the ids agree'}"
             )
             continue
         try:
@@ -138,6 +141,13 @@ def open_cohort(
                 "all slides need features of one encoder"
             )
     good = [slide for slide in wanted if slide not in bad]
+    if good and neighbours is not None and isinstance(files, SlideFiles):
+        largest = max(good, key=lambda slide: headers[slide][0])
+        try:  # what the grid of one says holds for most, and is told before the work
+            files.coords(largest)
+        except InputError as error:
+            bad[largest] = str(error)
+            good.remove(largest)
     if bad and not (skip_bad and good):
         first = next(slide for slide in wanted if slide in bad)
         more = f" ({len(bad)} of {len(wanted)} slides are bad; --skip-bad leaves them out)" if good else ""

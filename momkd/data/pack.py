@@ -300,7 +300,8 @@ class _Parts(NamedTuple):
 def _fill(writer: _Writer, cohort: Cohort, skip_bad: bool, report: Callable[[int, int, int], None] | None) -> None:
     """Reads the slides that are not there yet, and writes one while the next is read."""
     writer.keep_unchanged(lambda slide: _stamp(cohort.paths[slide]))
-    plan, done, nbytes = writer.plan, len(writer.done), 0
+    plan, done, nbytes, source = writer.plan, len(writer.done), 0, cohort.source
+    assert isinstance(source, SlideFiles)
     if report is not None:
         report(done, len(plan.slides), nbytes)
     with ThreadPoolExecutor(1, "momkd-pack") as pool:
@@ -313,6 +314,7 @@ def _fill(writer: _Writer, cohort: Cohort, skip_bad: bool, report: Callable[[int
             try:
                 read: Slide | None = read_slide(path, width=cohort.width)
                 assert read is not None
+                source.note(slide, read.notes)
                 if len(read.features) != cohort.sizes[slide]:
                     raise InputError(f"{path}: expected {cohort.sizes[slide]} patches as before, got "
                                      f"{len(read.features)}; the file changed while packing: pack again")  # fmt: skip

@@ -33,6 +33,8 @@ _MPP_LEVEL0 = ("mpp_level0", "level0_mpp", "slide_mpp", "base_mpp")
 _LEVELS = (2, 4, 8, 16, 32, 64)  # the levels of a slide are this much coarser
 _MANY = 16  # patches from which a grid shows
 _SAME = 0.02  # two sizes that differ by less are one, rounded
+_APART = 1.96  # of patches and the space between them, in patches, from which a grid is told of
+_WIDE = "patches lie apart, or the patch size is of another level"
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Placement:
         attrs: attributes of the file, with `patch_size_level0` where it follows from others.
         scale: level-0 pixels, or hundredths of a µm, of one unit of the file; None for pixels.
         note: what was converted, or could not be, in words; "" for nothing.
+        certain: the file says that the size of a patch is in level-0 pixels, and nothing in it says otherwise.
     """
 
     attrs: dict[str, Any]
     scale: float | None = None
     note: str = ""
+    certain: bool = False
 
 
 def placement(name: str, attrs: Mapping[str, Any]) -> Placement:
@@ -70,37 +74,47 @@ def placement(name: str, attrs: Mapping[str, Any]) -> Placement:
     if told in _MICROMETRES or (told == "" and tile is not None and size is None):
         return _of_micrometres(kept, _MICROMETRES.get(told, 1.0), tile, size)
     if size is not None or "patch_size_level0" in attrs:
-        return Placement(kept)
+        return Placement(kept, certain=size is not None and _agree(kept, size))
     return _of_a_level(kept)
 
 
-def check_spacing(name: str, coords: npt.NDArray[np.int64], attrs: Mapping[str, Any]) -> None:
+def check_spacing(name: str, coords: npt.NDArray[np.int64], placed: Placement) -> str:
     """Raise InputError where the grid of patches contradicts the size that the attributes give them.
 
-    Patches may overlap, lie apart or be few. What is refused is a dense grid whose spacing is 2, 4, 8, ... patches
-    wide, and, where `overlap` says how much they overlap, one that is finer by such a factor: one of the two numbers
-    is then of another level of the slide. An attribute `stride_level0` says that a wide grid is meant.
+    Patches may overlap, lie apart or be few. A dense grid whose spacing is 2, 4, 8, ... patches wide is refused where
+    the size may be of another level of the slide: it follows from other attributes than those of level 0, or they
+    contradict one another. So is one that is not as `overlap` says by such a factor; a negative overlap is the space
+    between patches. An attribute `stride_level0` says that a wide grid is meant.
 
     Args:
         name: of the slide, for the message.
         coords: (N, 2) level-0 pixels.
+        placed: what the attributes say.
+
+    Returns:
+        A note, of a wide grid that is not refused and that nothing explains; "" for none.
     """
+    attrs = placed.attrs
     size, stride = _number(attrs, "patch_size_level0"), _number(attrs, "stride_level0")
     if size is None or stride is not None or len(coords) < _MANY:
-        return
+        return ""
     side, overlap = _number(attrs, "patch_size"), attrs.get("overlap")
-    says = isinstance(overlap, int | float) and side is not None and 0 <= overlap < side
+    says = isinstance(overlap, int | float) and side is not None and -1e12 <= overlap < side
     wanted = size * (1 - overlap / side) if says and side is not None and overlap is not None else size
     spacing = _spacing(coords)
     if spacing is None:
-        return
+        return ""
     ratio = spacing / wanted
-    if any(_close(ratio, factor) or (says and _close(1 / ratio, factor)) for factor in _LEVELS):
+    wide, fine = (any(_close(each, factor) for factor in _LEVELS) for each in (ratio, 1 / ratio))
+    if (wide and (says or not placed.certain)) or (fine and says):
         raise InputError(
             f"{name}: coords: expected a grid of {wanted:g} level-0 pixels (patch_size_level0 = {size:g}), got one of "
             f"{spacing}: one of them is of another level; write both in level-0 pixels, or the attribute "
             "stride_level0 if the patches lie so on purpose"
         )
+    if ratio < _APART:
+        return ""
+    return f"the grid is {spacing / size:.3g} times as wide as a patch: {_WIDE}"
 
 
 def _of_micrometres(attrs: dict[str, Any], micrometres: float, tile: float | None, size: float | None) -> Placement:
@@ -126,16 +140,37 @@ def _of_micrometres(attrs: dict[str, Any], micrometres: float, tile: float | Non
 
 def _of_a_level(attrs: dict[str, Any]) -> Placement:
     """The size of a patch, where it is given in pixels of another level."""
-    side, down = _number(attrs, "patch_size"), attrs.get("downsample")
-    if isinstance(down, list | tuple) and down:
-        down = down[0]
-    down = 1.0 if attrs.get("patch_level") == 0 else _number({"downsample": down}, "downsample")
+    side, down = _number(attrs, "patch_size"), 1.0 if attrs.get("patch_level") == 0 else _downsample(attrs)
     if side is None or down is None or "patch_level" not in attrs:
         return Placement(attrs)
     size = side * down
     size = int(size) if size.is_integer() else size
     note = f"patches of {side:g} pixels of level {attrs['patch_level']} are {size:g} level-0 pixels wide"
-    return Placement(attrs | {"patch_size_level0": size}, note="" if down == 1 else note)
+    certain = down == 1 and _agree(attrs, size)
+    return Placement(attrs | {"patch_size_level0": size}, note="" if down == 1 else note, certain=certain)
+
+
+def _agree(attrs: Mapping[str, Any], size: float) -> bool:
+    """Whether nothing else among the attributes gives patches another size than this one, in level-0 pixels."""
+    side, level, down = _number(attrs, "patch_size"), attrs.get("patch_level"), _downsample(attrs)
+    if level == 0:
+        if down is not None and not _close(down, 1):
+            return False
+        down = 1.0
+    if side is None:
+        return True
+    if level is not None and down is None:
+        return not _close(side, size)  # of another level it is another number
+    highest, wanted = _number(attrs, "level0_magnification"), _number(attrs, "target_magnification")
+    times = [down] if down is not None else []
+    times += [highest / wanted] if highest is not None and wanted is not None else []
+    return all(_close(side * each, size) for each in times)
+
+
+def _downsample(attrs: Mapping[str, Any]) -> float | None:
+    """How many level-0 pixels a pixel of the level is wide."""
+    down = attrs.get("downsample")
+    return _number({"downsample": down[0] if isinstance(down, list | tuple) and down else down}, "downsample")
 
 
 def _number(attrs: Mapping[str, Any], key: str) -> float | None:

@@ -268,11 +268,33 @@ def open_raw(path: Path) -> Iterator[Raw]:
             elif suffix == ".pt":
                 yield _RawTensor(path, load_torch(path))
             else:
-                yield _RawArray(path, np.load(path, mmap_mode="r", allow_pickle=False))
+                yield _RawArray(path, _load_array(path))
         except (InputError, MemoryError, AssertionError, NotImplementedError):
             raise
         except Exception as error:  # decoders of a foreign or damaged file raise nearly anything
             _unreadable(path, error)
+
+
+def _load_array(path: Path) -> object:
+    """What numpy.save wrote, mapped; nothing is unpickled. What is refused is named."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        with path.open("rb") as file:
+            if file.read(6) != np.lib.format.MAGIC_PREFIX:
+                raise ValueError("not what numpy.save writes") from None
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0), (3, 0)):
+                raise
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        if not dtype.hasobject:
+            raise
+    raise InputError(
+        f"{path}: expected an array of numbers, got one of shape {shape} of Python objects, which are never loaded; "
+        "save the numbers alone, such as numpy.save(path, numpy.stack(list(array)).astype('float32'))"
+    )
 
 
 def load_torch(path: Path) -> Any:

@@ -25,6 +25,7 @@ from momkd.data.raw import SUFFIXES, Array, Raw, all_finite, open_raw
 from momkd.errors import InputError
 
 _FOLDERS = 100_000  # of a tree of feature files
+_LOOKED_AT = 1000  # folders beside feature files, to count what lies in them
 _FURTHEST = 2**52  # of coordinates: their differences are exact in float64
 _BLOCK = 1 << 22  # values that one step of the finite check looks at, to bound its memory
 
@@ -89,22 +90,43 @@ def find_slides(directory: Path | str, *, recursive: bool | None = None) -> dict
     return dict(sorted(found.items()))
 
 
+def files_below(folder: Path, found: Mapping[str, Path]) -> tuple[int, bool]:
+    """How many feature files of slides that are not among those found lie in the folders of a folder.
+
+    Returns:
+        Their number, and whether that is all: not more than some folders are looked at.
+    """
+    files, whole = _walk(folder, nested=True, most=_LOOKED_AT, strict=False)
+    return len({path.stem for path in files} - found.keys()), whole
+
+
 def _files_of(folder: Path, *, nested: bool) -> list[Path]:
     """Feature files, sorted, of a folder or of all folders in it."""
+    return _walk(folder, nested=nested, most=_FOLDERS, strict=True)[0]
+
+
+def _walk(folder: Path, *, nested: bool, most: int, strict: bool) -> tuple[list[Path], bool]:
+    """Feature files, sorted, and whether these are all.
+
+    Where it is not strict, folders that cannot be read, and those after so many, are left out; else they are errors.
+    """
     files: list[Path] = []
     seen: set[tuple[int, int]] = set()  # folders, so that links which lead back end
     above = Path(os.path.realpath(folder)).parents
-    waiting, links = [folder], list[Path]()
+    waiting, links, whole = [folder], list[Path](), True
     while waiting or links:
         place = waiting.pop() if waiting else links.pop()  # a folder goes by its own name, if it has one here
-        if len(seen) >= _FOLDERS:
-            raise InputError(
-                f"{folder}: expected feature files in at most {_FOLDERS} folders, got more; check --features"
-            )
+        if len(seen) >= most:
+            if not strict:
+                return sorted(files), False
+            raise InputError(f"{folder}: expected feature files in at most {most} folders, got more; check --features")
         try:
             state = place.stat()
             entries = [] if (state.st_dev, state.st_ino) in seen else sorted(os.scandir(place), key=lambda e: e.name)
         except OSError as error:
+            if not strict:
+                whole = False
+                continue
             raise InputError(f"{place}: expected a folder that can be read, got {error.strerror}; check it") from error
         seen.add((state.st_dev, state.st_ino))
         for entry in entries:
@@ -118,7 +140,7 @@ def _files_of(folder: Path, *, nested: bool) -> list[Path]:
                         links.append(place / entry.name)
                 elif nested and entry.is_dir():
                     waiting.append(place / entry.name)
-    return sorted(files)
+    return sorted(files), whole
 
 
 def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool = True) -> Slide:
@@ -145,10 +167,10 @@ def read_slide(path: Path | str, *, width: int | None = None, with_coords: bool 
         features = raw.read_features().reshape(n, length)
         features = _as_float(features)  # (N, L)
         _check_finite(path, features)
-        coords, attrs, note = None, raw.attrs, ""
+        coords, attrs, notes = None, raw.attrs, tuple[str, ...]()
         if with_coords and raw.has_coords:
-            coords, attrs, note = _checked_coords(path, raw, n)
-        return Slide(path.stem, path, features, coords, attrs, tuple(filter(None, (raw.note, note))))
+            coords, attrs, notes = _checked_coords(path, raw, n)
+        return Slide(path.stem, path, features, coords, attrs, tuple(filter(None, (raw.note, *notes))))
 
 
 def read_blocks(path: Path | str, rows: int, *, width: int | None = None) -> Iterator[Array]:
@@ -197,10 +219,21 @@ def read_coords(path: Path | str) -> tuple[npt.NDArray[np.int64] | None, dict[st
     Raises:
         InputError: as `read_slide`, apart from the values of the features.
     """
+    return read_places(path)[:2]
+
+
+def read_places(
+    path: Path | str,
+) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any], tuple[str, ...]]:
+    """As `read_coords`, and notes of what was found or converted in them.
+
+    Raises:
+        InputError: as `read_coords`.
+    """
     path = Path(path)
     with open_raw(path) as raw:
         n, _ = _checked_shape(path, raw, None)
-        return _checked_coords(path, raw, n)[:2] if raw.has_coords else (None, raw.attrs)
+        return _checked_coords(path, raw, n) if raw.has_coords else (None, raw.attrs, ())
 
 
 def slide_attributes(path: Path | str) -> dict[str, Any]:
@@ -332,22 +365,22 @@ def _check_finite(path: Path, features: Array, above: int = 0) -> None:
         )
 
 
-def _checked_coords(path: Path, raw: Raw, n: int) -> tuple[npt.NDArray[np.int64], dict[str, Any], str]:
-    """Coordinates (N, 2), the attributes, and what was converted."""
+def _checked_coords(path: Path, raw: Raw, n: int) -> tuple[npt.NDArray[np.int64], dict[str, Any], tuple[str, ...]]:
+    """Coordinates (N, 2), the attributes, and what was found or converted."""
     coords = raw.read_coords()
     given = coords.shape
     if coords.ndim == 3 and len(coords) == 1:
         coords = coords[0]
     if n == 0 and coords.size == 0:
-        return np.zeros((0, 2), np.int64), raw.attrs, ""
+        return np.zeros((0, 2), np.int64), raw.attrs, ()
     if coords.shape != (n, 2):
         raise InputError(
             f"{path}: coords: expected ({n}, 2), one row a patch, got {given}; extract the features of this slide again"
         )
     placed = placement(str(path), raw.attrs)
     points = _whole(path, coords, placed)
-    check_spacing(str(path), points, placed.attrs)
-    return points, placed.attrs, placed.note
+    notes = placed.note, check_spacing(str(path), points, placed)
+    return points, placed.attrs, tuple(filter(None, notes))
 
 
 def _whole(path: Path, coords: Array, placed: Placement) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,15 @@ import numpy.typing as npt
 
 from momkd.data.packed import PackedStore
 from momkd.data.raw import Array
-from momkd.data.slides import find_slides, read_blocks, read_coords, read_slide, slide_attributes, slide_header
+from momkd.data.slides import (
+    files_below,
+    find_slides,
+    read_blocks,
+    read_places,
+    read_slide,
+    slide_attributes,
+    slide_header,
+)
 from momkd.errors import InputError
 from momkd.graph import Edges
 from momkd.names import check_utf8
@@ -59,7 +67,9 @@ class SlideFiles:
 
     paths: dict[str, Path]
     noted: dict[str, list[str]] = field(default_factory=dict)  # what was found or converted -> slides
+    overlooked: str = ""  # what is said of feature files in the folders of a folder that holds some itself
     _seen: dict[str, tuple[tuple[int, int] | None, bool]] = field(default_factory=dict, repr=False)  # stamp, has_coords
+    _noted: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def name(self, slide_id: str) -> str:
         return str(self.paths[slide_id])
@@ -69,11 +79,15 @@ class SlideFiles:
         stamp = _stamp(self.paths[slide_id])
         header = slide_header(self.paths[slide_id])
         self._seen[slide_id] = stamp, header.has_coords
-        for note in header.notes:
-            slides = self.noted.setdefault(note, [])
-            if slide_id not in slides[-1:]:
-                slides.append(slide_id)
+        self.note(slide_id, header.notes)
         return header[:3]
+
+    def note(self, slide_id: str, notes: Iterable[str]) -> None:
+        """Keep what was found or converted in a slide, once."""
+        for note in notes:
+            if (note, slide_id) not in self._noted:
+                self._noted.add((note, slide_id))
+                self.noted.setdefault(note, []).append(slide_id)
 
     def has_coords(self, slide_id: str) -> bool:
         if slide_id not in self._seen:
@@ -90,7 +104,9 @@ class SlideFiles:
 
     def coords(self, slide_id: str) -> tuple[npt.NDArray[np.int64] | None, dict[str, Any]]:
         with self._unchanged(slide_id) as path:
-            return read_coords(path)
+            coords, attrs, notes = read_places(path)
+            self.note(slide_id, notes)
+            return coords, attrs
 
     def attributes(self, slide_id: str) -> dict[str, Any]:
         return slide_attributes(self.paths[slide_id])
@@ -139,4 +155,19 @@ def open_source(features: Path | str) -> SlideSource:
         InputError: neither is there.
     """
     path = Path(features)
-    return PackedStore(path) if path.is_file() else SlideFiles(find_slides(path))
+    if path.is_file():
+        return PackedStore(path)
+    found = find_slides(path)
+    return SlideFiles(found, overlooked=_overlooked(path, found))
+
+
+def _overlooked(folder: Path, found: Mapping[str, Path]) -> str:
+    """What is said of feature files below a folder that holds some itself, such as one that strayed there."""
+    if next(iter(found.values())).parent != folder:  # they were found below it
+        return ""
+    number, whole = files_below(folder, found)
+    if not number:
+        return ""
+    told = f"{number}{'' if whole else ' or more'} feature files lie in its folders and are not looked at"
+    stray = next(iter(found.values())).name + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+    return f"{told}: give one of them, or move {stray} out"

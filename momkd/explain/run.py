@@ -134,6 +134,7 @@ def explain_run(
         if labels is not None and (seen.table["label"] < 0).all():
             raise InputError(f"{labels}: expected labels of the slides of {features}, got none; check slide_id")
         cards = map_slides(view, seen.table, folder, step)
+        view.notes.extend(text for text in cohort.notes if text not in view.notes)  # of coordinates, read meanwhile
         reasons = Counter(card.missing for card in cards if card.map is None)
         view.notes.extend(f"{number} of {len(cards)} slides: {reason}" for reason, number in reasons.items())
         if afloat := sum(card.map is not None and card.geojson is None for card in cards):

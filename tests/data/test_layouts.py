@@ -23,6 +23,7 @@ from tests.data.conftest import refused
 
 GRID = np.stack(np.meshgrid(np.arange(6), np.arange(5)), -1).reshape(-1, 2)  # 30 patches
 X = np.arange(60, dtype=np.float32).reshape(30, 2)
+TRIDENT = {"patch_size": 256, "patch_size_level0": 256}
 UM = {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "stamp_version": "2.4.0", "code_hash": "0" * 64}
 
 
@@ -88,11 +89,16 @@ def test_patches_of_another_level(tmp_path: Path, attrs: dict[str, Any], size: i
 @pytest.mark.parametrize(
     ("step", "attrs"),
     [
-        (512, {"patch_size_level0": 256}),
-        (1024, {"patch_size_level0": 256}),
+        (4096, {"patch_size": 256, "patch_level": 1, "downsample": 4.0}),
+        (512, {"patch_size": 256, "patch_level": 0, "downsample": 2.0}),
+        (1024, {"patch_size_level0": 256, "patch_size": 256, "patch_level": 1}),
+        (512, {"patch_size_level0": 256, "patch_size": 256, "patch_level": 1, "downsample": (2.0, 2.0)}),
+        (512, TRIDENT | {"level0_magnification": 40, "target_magnification": 20}),
+        (512, TRIDENT | {"overlap": 0}),
+        (256, TRIDENT | {"overlap": -256}),
+        (1024, TRIDENT | {"overlap": -256}),
         (256, {"patch_size_level0": 512, "patch_size": 256, "overlap": 0}),
         (512, {"patch_size_level0": 512, "patch_size": 256, "overlap": 128}),
-        (512, {"patch_size": 256, "patch_level": 0}),
     ],
 )
 def test_a_grid_that_contradicts_the_size_of_patches(tmp_path: Path, step: int, attrs: dict[str, Any]) -> None:
@@ -103,9 +109,46 @@ def test_a_grid_that_contradicts_the_size_of_patches(tmp_path: Path, step: int, 
     assert read_slide(write(path, GRID * step, attrs | {"stride_level0": step})).coords is not None
 
 
-@pytest.mark.parametrize("step", [64, 128, 255, 256, 257, 384, 768])
-def test_grids_that_overlap_or_lie_apart(tmp_path: Path, step: int) -> None:
-    assert read_slide(write(tmp_path / "a.h5", GRID * step, {"patch_size_level0": 256})).coords is not None
+@pytest.mark.parametrize("step", [64, 128, 255, 256, 257, 384])
+def test_grids_that_overlap(tmp_path: Path, step: int) -> None:
+    slide = read_slide(write(tmp_path / "a.h5", GRID * step, {"patch_size_level0": 256}))
+    assert (slide.coords is not None, slide.notes) == (True, ())
+
+
+@pytest.mark.parametrize(
+    ("step", "attrs", "times"),
+    [
+        (512, {"patch_size_level0": 256}, "2"),
+        (768, {"patch_size_level0": 256}, "3"),
+        (1024, {"patch_size_level0": 256}, "4"),
+        (512, {"patch_size": 256, "patch_level": 0, "downsample": (1.0, 1.0)}, "2"),
+        (512, {"patch_size": 256, "patch_level": 0}, "2"),
+        (512, TRIDENT | {"level0_magnification": 20, "target_magnification": 20}, "2"),
+        (3072, {"patch_size": 256, "patch_level": 1, "downsample": 4.0}, "3"),
+        (512, TRIDENT | {"overlap": -256}, ""),
+        (768, TRIDENT | {"overlap": -512}, ""),
+        (1024, {"patch_size": 256, "patch_size_level0": 512, "overlap": -256}, ""),
+        (512, {"patch_size": 256, "patch_level": 0, "overlap": -256}, ""),
+    ],
+)
+def test_grids_that_lie_apart(tmp_path: Path, step: int, attrs: dict[str, Any], times: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = write(folder / "a.h5", GRID * step, attrs)
+    told = f"the grid is {times} times as wide as a patch: patches lie apart, or the patch size is of another level"
+    assert [note for note in read_slide(path).notes if "the grid is" in note] == ([told] if times else [])
+    files = SlideFiles({"a": path})
+    for _ in range(2):
+        files.coords("a")
+    assert [(note, ids) for note, ids in files.noted.items() if "the grid is" in note] == (
+        [(told, ["a"])] if times else []
+    )
+    assert [note for note in open_cohort(folder, neighbours=3).notes if "the grid is" in note] == (
+        [f"{path}: {told}"] if times else []
+    )
+    assert [note for note in pack(folder, tmp_path / "all.h5").notes if "the grid is" in note] == (
+        [f"{path}: {told}"] if times else []
+    )
 
 
 def test_few_and_scattered_patches(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_arrays_that_are_refused(tmp_path: Path) -> None:
     with refused(f"{folder}: ", "got 2 missing or infinite, the first (missing) for case 'b' and gene 'gene_1'"):
         read_omics(folder)
     np.save(bad, np.array([Bomb(tmp_path / "executed")] * 3, dtype=object), allow_pickle=True)
-    with refused(bad, "expected a whole NumPy array"):
+    with refused(bad, "expected an array of numbers, got one of shape (3,) of Python objects"):
         read_omics(folder)
     assert not (tmp_path / "executed").exists()
 

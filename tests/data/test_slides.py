@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from momkd.data import find_slides, raw, read_slide, slide_shape, slides, write_trident
+from momkd.data.cohort import open_cohort
 from momkd.data.slides import read_coords, slide_header
 from tests.data.conftest import refused
 
@@ -448,7 +450,11 @@ def test_a_pickle_is_never_executed(tmp_path: Path, way: str) -> None:
     else:
         value: Any = {"features": torch.ones(2, 2), "x": Bomb(target)} if way == "in a dict" else Bomb(target)
         torch.save(value, path, _use_new_zipfile_serialization=way != "legacy")
-    with refused(path, "expected a whole" if way.startswith("npy") else "expected tensors alone, got objects ("):
+    said = {
+        "npy": "expected an array of numbers, got one of shape (1,) of Python objects, which are never loaded; save",
+        "npy by name": "expected a whole NumPy array",
+    }
+    with refused(path, said.get(way, "expected tensors alone, got objects (")):
         read_slide(path)
     with refused(path):
         slide_shape(path)
@@ -533,6 +539,30 @@ def test_folders_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         find_slides(tmp_path / "top")
     (tmp_path / "top" / "a.h5").touch()  # then it is this folder that holds the slides
     assert list(find_slides(tmp_path / "top")) == ["a"]
+
+
+def test_a_file_that_strayed_above_nested_slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top, hidden = tmp_path / "f", tmp_path / "f" / ".cache"
+    hidden.mkdir(parents=True)
+    for path in (top / "stray.h5", hidden / "h.h5"):
+        hdf5(path, values())
+    (top / "old").mkdir()
+    (top / "old" / "stray.h5").touch()  # the same slide
+    assert open_cohort(top).notes == []
+    for number in range(3):
+        folder = top / "20x" / f"case{number}" / "h5"
+        folder.mkdir(parents=True)
+        hdf5(folder / f"s{number}.h5", values())
+    (folder / "back").symlink_to(top)
+    told = "3 feature files lie in its folders and are not looked at: give one of them, or move stray.h5 out"
+    assert open_cohort(top).notes == [f"{top}: {told}"]
+    assert open_cohort(top / "20x").notes == []
+    with refused(f"{top}: expected a feature file of slide 's1' of labels, got none", told):
+        open_cohort(top, ["s1"])
+    skipped = open_cohort(top, ["s1", "stray"], skip_bad=True).skipped
+    assert told in skipped["s1"]
+    monkeypatch.setattr(slides, "_LOOKED_AT", 6)
+    assert re.search(r": [12] or more feature files lie in its folders", open_cohort(top).notes[0])
 
 
 # Writing

@@ -20,6 +20,7 @@ from momkd.data.batches import BagLoader
 from momkd.data.cohort import open_cohort
 from momkd.data.graphs import SlideGraphs
 from momkd.data.pack import pack
+from momkd.data.slides import files_below
 from momkd.data.sources import SlideFiles
 from momkd.errors import InputError
 from momkd.graph import knn
@@ -31,7 +32,7 @@ TEXTS = ("um", "µm", "mm", "px", "inch", "", "x" * 300, "\udcff".encode("utf-8"
 NAMES = ("features", "feats", "embeddings", "x", "y", "deep/er", "coords", "coordinates")
 KEYS = (
     *("tile_size_um", "tile_size", "tile_size_px", "mpp", "mpp_level0", "patch_size_level0", "patch_size"),
-    *("patch_level", "downsample", "overlap", "stride_level0", "unit"),
+    *("patch_level", "downsample", "overlap", "stride_level0", "unit", "level0_magnification", "target_magnification"),
 )
 
 
@@ -69,7 +70,7 @@ def any_layout(path: Path, rng: random.Random, others: list[bytes]) -> bytes:
     """A damaged file, or a whole one whose attributes contradict one another."""
     if rng.random() < 0.4:
         return mutate(path.read_bytes(), rng, others)
-    values = (*NUMBERS[:12], -1, 0.5, 1e300, 5e-324, float("nan"), float("inf"), (4.0, 4.0), *TEXTS)
+    values = (*NUMBERS[:12], -1, -256, 0.5, 1e300, 5e-324, float("nan"), float("inf"), (4.0, 4.0), *TEXTS)
     attrs = {key: rng.choice(values) for key in rng.sample(KEYS, rng.randrange(6))}
     coords = GRID * rng.choice((1, 0.5, 256.0, 512, 2**40, 1e17))
     options = {"libver": rng.choice((None, "latest")), "userblock_size": rng.choice((0, 512))}
@@ -168,6 +169,7 @@ def folder_files(folder: Path) -> None:
         "nested": ["p1/a.h5", "p2/deep/b.h5", ".hidden/c.h5"],
         "circle": ["p/a.h5", "p/back -> .."],
         "hostile_twice": ["p/a.h5", "q/a.pt"],
+        "stray": ["stray.h5", "20x/p/a.h5", "20x/p/b.h5", "20x/p/back -> .."],
         "hostile_empty": ["p/q/notes.txt"],
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(tree))
@@ -202,6 +204,10 @@ def use_folder(path: Path) -> None:
             continue
     found = find_slides(root)
     assert list(found) == sorted(found)
+    missed = find_slides(root / "20x") if path.stem == "stray" and (root / "20x").is_dir() else {}
+    number, whole = files_below(root, found)
+    assert whole
+    assert number >= len(missed.keys() - found.keys()) * (root / "stray.h5").is_file()
     assert all(file.is_file() and slide == file.stem and root in file.parents for slide, file in found.items())
     assert not any(part.startswith(".") for file in found.values() for part in file.relative_to(root).parts)
 
