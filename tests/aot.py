@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, NamedTuple
@@ -50,6 +50,7 @@ class Job:
     options: dict[str, Any]
     arch: str
     cases: list[Case]
+    key: tuple[str, ...]  # the same for the same compilation
 
 
 def unavailable() -> str:
@@ -166,14 +167,16 @@ def distinct(launches: Sequence[tuple[Case, Launch]], archs: Sequence[str]) -> l
             options = {k: v for k, v in launch.options.items() if k not in names}
 
             def hook(*, key: str, fn: Any, compile: dict[str, Any], arch=arch, case=case, options=options, **_: Any):
+                own = (arch, fn.module, fn.name, str(key))
                 job = Job(
                     fn.jit_function,
                     *(compile["signature"], compile["constants"], compile["configs"][0]),
                     options,
                     arch,
                     [],
+                    own,
                 )
-                known = jobs.setdefault((arch, fn.module, fn.name, str(key)), job).cases
+                known = jobs.setdefault(own, job).cases
                 if case not in known:
                     known.append(case)
                 return True
@@ -206,10 +209,9 @@ def compile_job(job: Job) -> Report:
 
     names = job.fn.arg_names
     constants = {names[path[0]]: value for path, value in job.constants.items() if len(path) == 1}
-    others = f" (+{len(job.cases) - 1})" if len(job.cases) > 1 else ""
     report = Report(
         kernel=job.fn.__name__,
-        case=f"{job.cases[0]}{others}",
+        case=_named(job),
         arch=job.arch,
         warps=job.options["num_warps"],
         stages=job.options["num_stages"],
@@ -235,10 +237,21 @@ def compile_job(job: Job) -> Report:
     return report
 
 
+def _named(job: Job) -> str:
+    others = f" (+{len(job.cases) - 1})" if len(job.cases) > 1 else ""
+    return f"{job.cases[0]}{others}"
+
+
 def compile_all(
-    cases: Sequence[Case], archs: Sequence[str], show_progress: bool = False, candidates: int = 1
+    cases: Sequence[Case],
+    archs: Sequence[str],
+    show_progress: bool = False,
+    candidates: int = 1,
+    known: dict[tuple[str, ...], Report] | None = None,
 ) -> list[Report]:
     """The reports of all distinct compilations with the first `candidates` of the tiles, in the order of the cases.
+
+    `known`: reports of earlier calls, which are not made again; those made are added.
 
     Triton lets go of the GIL where it works."""
     jobs: list[Job] = []
@@ -254,13 +267,15 @@ def compile_all(
                 broken.append(Report("", f"{case}", arch, 0, 0, cases=(case,), error=why))
         jobs += distinct(launches, [arch])
     with _one_parser_at_a_time(), hear_ptxas(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        futures = [pool.submit(compile_job, job) for job in jobs]
-        done: Iterable[Any] = as_completed(futures)
+        known = {} if known is None else known
+        futures = {job.key: pool.submit(compile_job, job) for job in jobs if job.key not in known}
+        done: Iterable[Any] = as_completed(futures.values())
         if show_progress:
-            done = track(done, "compiling", total=len(jobs), console=Console(stderr=True))
+            done = track(done, "compiling", total=len(futures), console=Console(stderr=True))
         for _ in done:
             pass
-    return [*(future.result() for future in futures), *broken]
+    known |= {key: future.result() for key, future in futures.items()}
+    return [*(replace(known[job.key], case=_named(job), cases=tuple(job.cases)) for job in jobs), *broken]
 
 
 # --- the command

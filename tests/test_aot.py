@@ -47,6 +47,7 @@ STREAMS = {
         "graph_attention_bwd_source_kernel",
     ),
 }
+KNOWN: dict[tuple[str, ...], Report] = {}  # of these kernels as they are; those that are cut badly don't come here
 SOME_OR_ALL = [pytest.param(False, id="default"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 
 
@@ -69,7 +70,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 @cache
 def compiled(op: str, arch: str, every: bool, candidates: int = 1) -> tuple[Report, ...]:
     cases = [case for case in CASES if case.op == op and (every or case.default)]
-    return tuple(aot.compile_all(cases, [arch], candidates=candidates))
+    return tuple(aot.compile_all(cases, [arch], candidates=candidates, known=KNOWN))
 
 
 def name(report: Report) -> str:
@@ -128,6 +129,7 @@ def test_no_default_spills(op: str, arch: str, every: bool) -> None:
     assert spilled(compiled(op, arch, every)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", SOME_OR_ALL)
 def test_no_candidate_of_tuning_spills_or_fails(op: str, every: bool) -> None:
     most = most_candidates()

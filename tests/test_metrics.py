@@ -295,6 +295,7 @@ def test_a_fold_of_one_patient_that_others_share_has_an_accuracy_in_every_resamp
     assert got["test"]["accuracy"]["low"] is not None
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     """Scores N(1, 1) against N(0, 1): the true AUC is Φ(1/√2) = 0.7602."""
     hits, reps = 0, 150

@@ -70,7 +70,7 @@ def test_commands_and_options_exist() -> None:
             assert option in done.output, f"momkd {name} {option}"
 
 
-@pytest.mark.parametrize("command", ["momkd demo", "pytest -n auto --dist loadfile"])
+@pytest.mark.parametrize("command", ["momkd demo", 'pytest -n auto --dist loadfile -m "not slow"'])
 def test_the_two_commands(command: str) -> None:
     assert f"\npip install -e '.[test]' -c constraints.txt && {command}\n" in README
 
