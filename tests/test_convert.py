@@ -174,7 +174,7 @@ def test_what_cannot_be_converted_is_said(run: Path, tmp_path: Path) -> None:
         checkpoint_to_run(tmp_path / "list.pt", tmp_path / "out")
     with pytest.raises(InputError, match="expected the names of two classes, got \\['a', 'b', 'c'\\]"):
         checkpoint_to_run(tmp_path / "other.pt", tmp_path / "out", classes=["a", "b", "c"])
-    with pytest.raises(InputError, match="expected a new or an empty folder, got a run"):
+    with pytest.raises(InputError, match=r"expected a new or an empty folder, got a run; choose another folder$"):
         checkpoint_to_run(tmp_path / "other.pt", run)
     with pytest.raises(InputError, match="fold: expected one of 0, got 3"):
         run_to_checkpoint(run, tmp_path / "x.pt", fold=3)

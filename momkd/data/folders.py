@@ -32,14 +32,15 @@ _REMEDIES = {
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path | str, *, name: str, mark: str, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(out: Path | str, *, name: str, mark: str, overwrite: bool | None = None) -> Iterator[Path]:
     """Yields a hidden folder to fill, which at the end becomes `out`, or on any exception disappears.
 
     Args:
         out: the folder to make; an empty one is taken too.
         name: what it will be, for messages: "a simulation".
         mark: a file that only such a folder has; one without it is never replaced.
-        overwrite: replace an earlier folder of this kind, unless it holds files that momkd did not write.
+        overwrite: replace an earlier folder of this kind, unless it holds files that momkd did not write; None where
+            the user cannot ask for it.
 
     Raises:
         InputError: the folder holds something else, cannot be written or is full.
@@ -63,7 +64,7 @@ def whole_folder(out: Path | str, *, name: str, mark: str, overwrite: bool = Fal
         shutil.rmtree(temporary, ignore_errors=True)  # it is gone after the rename
 
 
-def _check_target(shown: Path, target: Path, name: str, mark: str, overwrite: bool) -> None:
+def _check_target(shown: Path, target: Path, name: str, mark: str, overwrite: bool | None) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{shown}: expected a new or an empty folder, got a file; choose another name")
     if not target.is_dir():
@@ -77,9 +78,8 @@ def _check_target(shown: Path, target: Path, name: str, mark: str, overwrite: bo
     if mark not in found:
         raise InputError(f"{shown}: expected a new or an empty folder, got {found[0]!r} in it; choose another folder")
     if not overwrite:
-        raise InputError(
-            f"{shown}: expected a new or an empty folder, got {name}; choose another folder or set overwrite"
-        )
+        remedy = "choose another folder" + ("" if overwrite is None else " or set overwrite")
+        raise InputError(f"{shown}: expected a new or an empty folder, got {name}; {remedy}")
     if (other := foreign_file(target)) is not None:
         raise InputError(f"{shown}: expected nothing but {name} to overwrite, got also {other!r}; move it elsewhere")
 

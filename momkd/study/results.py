@@ -16,7 +16,7 @@ from momkd.errors import InputError
 from momkd.metrics import calibration, evaluate_predictions, paired_difference
 from momkd.patients import by_patient
 from momkd.predictions import check_predictions, read_predictions
-from momkd.runs import EXTERNAL, PREDICTIONS, Run
+from momkd.runs import EXTERNAL, Run
 from momkd.study.arms import REFERENCE
 from momkd.study.attention import read_attention
 from momkd.study.run import ATTENTION, Cell, Study
@@ -94,11 +94,11 @@ def _predictions(cells: Sequence[Cell]) -> tuple[pd.DataFrame, list[str]]:
     """The predictions of all seeds of an arm as folds of one table, and the classes."""
     parts, classes = [], Run(cells[0].folder).info.classes
     for cell in cells:
-        folds = Run(cell.folder).info.num_splits
-        for name in (PREDICTIONS, EXTERNAL):
-            if (cell.folder / name).is_file():
-                table = read_predictions(cell.folder / name)
-                parts.append(table.assign(fold=table["fold"] + cell.seed * folds))
+        run = Run(cell.folder)
+        tables = [run.predictions()]
+        if (cell.folder / EXTERNAL).is_file():
+            tables.append(read_predictions(cell.folder / EXTERNAL))
+        parts += [table.assign(fold=table["fold"] + cell.seed * run.info.num_splits) for table in tables]
     return pd.concat(parts, ignore_index=True), classes
 
 
