@@ -1,6 +1,7 @@
 """gated_attention_pool: scores of a gate, softmax over each bag, and the weighted sum of its rows.
 
-s_ih = w_a[h] · (drop(tanh(W_v x_i + b_v)) ⊙ drop(σ(W_u x_i + b_u))) + b_a[h];  out[b, h] = Σ_i softmax(s)_ih x_i.
+s_ih = w_a[h] · (drop(tanh(W_v x_i + b_v)) ⊙ drop(σ(W_u x_i + b_u))) + b_a[h] + score_bias_ih;
+out[b, h] = Σ_i softmax(s)_ih x_i. `gated_attention_scores` is the gate alone.
 
 Forward: one product of the library gives p = x [W_v | W_u]ᵀ, one kernel the scores from p, and `attention_pool` does
 the rest. On an H200 that takes 0.6 of the time of one kernel for all of it (benchmarks/NOTES.md). Where gradients
@@ -212,27 +213,33 @@ def gate_gradient_kernel(
 
 
 def gated_attention_pool(
-    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, L), offsets (B+1,) -> pooled (B, H, L) in the dtype of x, scores (N, H) before softmax, stats (B, H, 2)."""
-    return _forward(x, offsets, parameters, dropout_p, seed, False)[:3]
-
-
-def gated_attention_pool_kept(
-    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    offsets: Tensor,
+    parameters: GateParameters,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `gated_attention_pool`; also return the products (N, branches · D) for backward."""
-    return _forward(x, offsets, parameters, dropout_p, seed, True)
+    """x (N, L), offsets (B+1,) -> pooled (B, H, L) in the dtype of x, scores (N, H) before softmax, stats (B, H, 2).
+
+    The fourth is the products (N, branches · D) for backward with `keep`, else (0,).
+    """
+    scores, kept = gated_attention_scores(x, parameters, dropout_p, seed, keep)
+    if score_bias is not None:
+        scores += score_bias
+    pooled, stats = attention_pool(rows_of(x), scores, offsets)
+    return pooled, scores, stats, kept
 
 
-def _forward(
-    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gated_attention_scores(
+    x: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x (N, L) -> scores (N, H) float32, and with `keep` the products (N, branches · D) for backward, else (0,)."""
     x = rows_of(x)
     packed = pack_weights(x, parameters.w_v, parameters.w_u)
     scores, products = gate_scores(x, gate_of(x, parameters, dropout_p, seed), packed, keep)
-    pooled, stats = attention_pool(x, scores, offsets)
-    return pooled, scores, stats, products
+    return scores, products if keep else x.new_empty(0)
 
 
 def gate_scores(x: Tensor, gate: Gate, packed: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -268,7 +275,7 @@ def _gate_scores(x: Tensor, gate: Gate, packed: Tensor, keep: bool, tiles: Tiles
 
 
 def gated_attention_pool_backward(
-    grad_pooled: Tensor,
+    grad_pooled: Tensor | None,
     grad_scores: Tensor | None,
     x: Tensor,
     offsets: Tensor,
@@ -278,23 +285,44 @@ def gated_attention_pool_backward(
     pooled: Tensor,
     scores: Tensor,
     stats: Tensor,
+    kept: Tensor | None,
     needs: tuple[bool, ...],
-    kept: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a and of the scores (N, H), None where `needs` says so.
+
+    A gradient that is None is zero.
+    """
+    x, d_scores = rows_of(x), None
+    if grad_pooled is not None:
+        _, d_scores = pool_backward(grad_pooled, x, scores, stats, offsets, (False, True))
+    if d_scores is None:
+        assert grad_scores is not None
+        d_scores = grad_scores.to(torch.float32).contiguous()
+    elif grad_scores is not None:
+        d_scores += grad_scores
+    d_x, *grads = gated_attention_scores_backward(d_scores, x, parameters, dropout_p, seed, kept, needs[:7])
+    if d_x is not None and grad_pooled is not None:
+        pool_backward(grad_pooled, x, scores, stats, offsets, (True, False), add_to=d_x)
+    return (d_x, *grads, d_scores if needs[7] else None)
+
+
+def gated_attention_scores_backward(
+    d_scores: Tensor,
+    x: Tensor,
+    parameters: GateParameters,
+    dropout_p: float,
+    seed: Tensor | None,
+    kept: Tensor | None,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so."""
-    x = rows_of(x)
-    _, d_scores = pool_backward(grad_pooled, x, scores, stats, offsets, (False, True))
-    assert d_scores is not None
-    if grad_scores is not None:
-        d_scores += grad_scores
+    x, d_scores = rows_of(x), d_scores.to(torch.float32).contiguous()
     d_x = x.new_empty(x.shape) if needs[0] else None
     gate = gate_of(x, parameters, dropout_p, seed)
     packed = pack_weights(x, parameters.w_v, parameters.w_u) if kept is None or d_x is not None else None
     run = partial(_gate_backward, x, gate, packed, d_scores, kept, needs[1] or needs[3])
     tiles = GATE_BACKWARD.choose(_named("gate_gradient", gate), x, *_sizes(gate), run=run)
     d_packed, d_small = run(tiles, d_x)
-    if d_x is not None:
-        pool_backward(grad_pooled, x, scores, stats, offsets, (True, False), add_to=d_x)
     branches = gate.branches
     d_weights = [None if d_packed is None else d_packed[i::branches] for i in (0, branches - 1)]
     found = (d_weights[0], d_small[0], d_weights[1], d_small[branches - 1], d_small[branches:])

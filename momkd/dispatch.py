@@ -19,6 +19,7 @@ BACKENDS = ("triton", "cuda", "native", "torch")
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
     "gated_attention_pool": ("triton", "native", "torch"),
+    "gated_attention_scores": ("triton", "native", "torch"),
     "attention_pool": ("triton", "native", "torch"),
     "memory_similarity": ("triton", "native", "torch"),
     "memory_guided_pool": ("triton", "native", "torch"),

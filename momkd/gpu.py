@@ -35,7 +35,7 @@ _GATE_SIZES = (("heads", 16), ("hidden features", 32_768), ("features", 65_535))
 _MOST_HEADS = 32
 
 
-def _gate_sizes(x: Tensor | None = None, _: Any = None, w_v: Any = None, __: Any = None, w_a: Any = None) -> str:
+def _gate_sizes(x: Tensor | None = None, w_v: Any = None, _: Any = None, w_a: Any = None) -> str:
     """Why the kernels don't take this gate; empty if they do."""
     if x is None or w_v is None or w_a is None:
         return ""
@@ -66,7 +66,8 @@ def _graph_sizes(att: Tensor | None = None) -> str:
 # What an op cannot take: from its tensors, in the order in which it gives them to dispatch, to a reason or nothing.
 _LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
     "graph_attention": lambda args: _graph_sizes(*args[2:3]),
-    "gated_attention_pool": lambda args: _gate_sizes(*args[:5]),
+    "gated_attention_pool": lambda args: _gate_sizes(*args[:1], *args[2:5]),
+    "gated_attention_scores": lambda args: _gate_sizes(*args[:4]),
     "attention_pool": lambda args: _score_heads(*args[:2]),
     "memory_similarity": lambda args: _memory_sizes(*args[1:2]),
     "memory_guided_pool": lambda args: _memory_sizes(*args[2:3]),
@@ -83,10 +84,13 @@ def triton() -> tuple[Any, str]:
         return None, f"Triton is not installed ({error}); pip install triton"
 
 
-def kernels(name: str) -> Any:
-    """The module `momkd.kernels.<name>`, told where tuned tiles are kept and whether to tune."""
+_MODULES = {"gated_attention_scores": "gated_attention_pool"}
+
+
+def kernels(op: str) -> Any:
+    """The module of `momkd.kernels` that holds `op`, told where tuned tiles are kept and whether to tune."""
     _module("_tuning").STORE.configure(env.cache_folder(), seconds if _asked or env.tuning_asked() else None)
-    return _module(name)
+    return _module(_MODULES.get(op, op))
 
 
 @cache

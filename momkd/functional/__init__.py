@@ -10,7 +10,12 @@ from momkd.functional.memory import (
     soft_angle_loss,
     spherical_kmeans,
 )
-from momkd.functional.pooling import attention_pool, gated_attention_pool, memory_guided_pool
+from momkd.functional.pooling import (
+    attention_pool,
+    gated_attention_pool,
+    gated_attention_scores,
+    memory_guided_pool,
+)
 
 __all__ = [
     "attention_pool",
@@ -18,6 +23,7 @@ __all__ = [
     "ema_apply_",
     "ema_scatter_",
     "gated_attention_pool",
+    "gated_attention_scores",
     "graph_attention",
     "memory_guided_pool",
     "memory_similarity",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def gated_attention_pool(
     w_a: Tensor,
     b_a: Tensor | None,
     *,
+    score_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_scores: bool = False,
@@ -27,8 +30,8 @@ def gated_attention_pool(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Gated attention pooling of every bag, in one call and without padding.
 
-    s_ih = w_a[h] · (tanh(W_v x_i + b_v) ⊙ σ(W_u x_i + b_u)) + b_a[h]; α = softmax of s over the bag, per branch h;
-    out[b, h] = Σ_i α_ih x_i.
+    s_ih = w_a[h] · (tanh(W_v x_i + b_v) ⊙ σ(W_u x_i + b_u)) + b_a[h] + score_bias_ih; α = softmax of s over the bag,
+    per branch h; out[b, h] = Σ_i α_ih x_i.
 
     Args:
         x: (N, L) patch features of all bags, any float dtype; or `Bags`, which bring their offsets.
@@ -36,14 +39,17 @@ def gated_attention_pool(
         w_v, b_v: (D, L) and (D,), the tanh branch; a bias may be None.
         w_u, b_u: (D, L) and (D,), the σ branch; `w_u=None` is the ungated form.
         w_a, b_a: (H, D) and (H,), one row a branch of attention.
+        score_bias: (N, H) any float dtype, added to the scores before the softmax: what else tells how much a patch
+            counts, such as its likeness to a memory. −inf hides a patch.
         dropout_p: probability of dropping a value of tanh(·) and, apart from it, of σ(·); 0 ≤ p < 1.
         seed: of the dropout: an int or an int64 scalar tensor; None draws one from torch's generator.
-        return_scores: also return the scores before softmax, for heatmaps and instance losses.
+        return_scores: also return the scores before softmax, with `score_bias` in them, for heatmaps and instance
+            losses.
         backend: None for the best that can run, or a name of `momkd.dispatch.BACKENDS`.
 
     Returns:
         (B, H, L) in the dtype of x; an empty bag gives zeros. With `return_scores` also (N, H), in float32 (float64 for
-        a float64 x). Gradients reach x, the weights and biases, and come from both results.
+        a float64 x). Gradients reach x, the weights, the biases and score_bias, and come from both results.
 
     Raises:
         ValueError: an argument does not fit; the message says what was expected and what came.
@@ -60,8 +66,69 @@ def gated_attention_pool(
     """
     x, offsets = _ragged("x", x, offsets)
     check.shape("x", x, (None, None), "(N, L)")
-    check.floating("x", x)
     check.offsets(offsets, x.shape[0])
+    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a)
+    check.same_device("x", x, offsets=offsets, score_bias=score_bias)
+    if score_bias is not None:
+        check.shape("score_bias", score_bias, (x.shape[0], w_a.shape[0]), "(N, H)")
+        check.floating("score_bias", score_bias)
+    pooled, scores, *_ = ops.gated_attention_pool(
+        gate[0], offsets, *gate[1:], score_bias, *_gate_options(gate, dropout_p, seed), backend or ""
+    )
+    return (pooled, scores) if return_scores else pooled
+
+
+def gated_attention_scores(
+    x: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The gate of `gated_attention_pool` alone, for a model whose softmax is its own.
+
+    s_ih = w_a[h] · (tanh(W_v x_i + b_v) ⊙ σ(W_u x_i + b_u)) + b_a[h].
+
+    Args:
+        x: (N, L) patch features, any float dtype.
+        w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, seed, backend: as in `gated_attention_pool`.
+
+    Returns:
+        (N, H) scores before any softmax, in float32 (float64 for a float64 x). Gradients reach x, weights and biases.
+
+    Raises:
+        ValueError, BackendError: as in `gated_attention_pool`.
+
+    Source: Ilse, Tomczak and Welling, ICML 2018, equation 9.
+
+    Example:
+        >>> w_v, w_u, w_a = torch.randn(16, 32), torch.randn(16, 32), torch.randn(1, 16)
+        >>> gated_attention_scores(torch.randn(70, 32), w_v, None, w_u, None, w_a, None).shape
+        torch.Size([70, 1])
+    """
+    check.shape("x", x, (None, None), "(N, L)")
+    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a)
+    scores: Tensor = ops.gated_attention_scores(*gate, *_gate_options(gate, dropout_p, seed), backend or "")[0]
+    return scores
+
+
+def _gate_of(
+    x: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The features and the parameters of a gate, checked, and cast where autocast is on."""
+    check.floating("x", x)
     check.shape("w_v", w_v, (None, x.shape[1]), "(D, L)")
     hidden = w_v.shape[0]
     check.shape("w_a", w_a, (None, hidden), "(H, D)")
@@ -76,17 +143,20 @@ def gated_attention_pool(
     ):
         if bias is not None:
             check.shape(name, bias, (size,), words)
-    check.same_device("x", x, offsets=offsets, w_v=w_v, b_v=b_v, w_u=w_u, b_u=b_u, w_a=w_a, b_a=b_a)
+    check.same_device("x", x, w_v=w_v, b_v=b_v, w_u=w_u, b_u=b_u, w_a=w_a, b_a=b_a)
+    return check.autocast(x, w_v, b_v, w_u, b_u, w_a, b_a)
+
+
+def _gate_options(
+    gate: Sequence[Tensor | None], dropout_p: float, seed: int | Tensor | None
+) -> tuple[float, Tensor | None, int]:
+    """dropout_p, the seed of the dropout, and how many bytes may be kept for backward."""
     check.fraction("dropout_p", dropout_p, below_one=True)
-    x, w_v, b_v, w_u, b_u, w_a, b_a = check.autocast(x, w_v, b_v, w_u, b_u, w_a, b_a)  # type: ignore[assignment]
+    x = gate[0]
+    assert x is not None
     drawn = check.seed(seed, x.device) if dropout_p > 0 else None
-    wanted = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w_v, b_v, w_u, b_u, w_a, b_a)
-    )
-    pooled, scores, *_ = ops.gated_attention_pool(
-        x, offsets, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, drawn, budget.asked() if wanted else 0, backend or ""
-    )
-    return (pooled, scores) if return_scores else pooled
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in gate)
+    return dropout_p, drawn, budget.asked() if wanted else 0
 
 
 def _ragged(name: str, rows: Tensor | Bags, offsets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ def extension() -> tuple[Any, str]:
 
 _MODULES = {
     "gated_attention_pool": "pooling",
+    "gated_attention_scores": "pooling",
     "attention_pool": "pooling",
     "graph_attention": "graph",
     "memory_similarity": "memory",

@@ -110,37 +110,32 @@ class _Gate:
         return (pre.data_ptr(), *shape, self.seed, first, *self.dropout, self.w_a.data_ptr())
 
 
-def gated_attention_pool(
-    x: Tensor, offsets: Tensor, parameters: GateParameters, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def gated_attention_scores(
+    x: Tensor, parameters: GateParameters, dropout_p: float = 0.0, seed: Tensor | None = None, keep: bool = False
+) -> tuple[Tensor, Tensor]:
     gate = _Gate(x, parameters, dropout_p, seed)
     scores = gate.weight.new_empty(x.shape[0], gate.heads)
     bias = 0 if gate.b_a is None else gate.b_a.data_ptr()
     for first in gate.blocks():
         _, pre = gate.product(first)
         extension()[0].gate_scores(*gate.about(pre, first), bias, scores[first:].data_ptr(), torch.get_num_threads())
-    pooled, stats = attention_pool(x, scores, offsets)
-    return pooled, scores, stats
+    return scores, x.new_empty(0)
 
 
-def gated_attention_pool_backward(
-    grad_pooled: Tensor,
-    grad_scores: Tensor | None,
+def gated_attention_scores_backward(
+    d_scores: Tensor,
     x: Tensor,
-    offsets: Tensor,
     parameters: GateParameters,
     dropout_p: float,
     seed: Tensor | None,
-    pooled: Tensor,
-    scores: Tensor,
-    stats: Tensor,
+    kept: Tensor | None,
     needs: tuple[bool, ...],
+    d_x: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    expect("scores", scores, (x.shape[0], parameters.w_a.shape[0]))
-    d_x, d_scores = attention_pool_backward(grad_pooled, x, scores, offsets, pooled, stats, (needs[0], True))
-    assert d_scores is not None
-    if grad_scores is not None:
-        d_scores += grad_scores
+    expect("d_scores", d_scores, (x.shape[0], parameters.w_a.shape[0]))
+    d_scores = _single(d_scores)
+    if needs[0] and d_x is None:
+        d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     gate = _Gate(x, parameters, dropout_p, seed)
     d_weight = torch.zeros_like(gate.weight) if needs[1] or needs[3] else None
     d_bias, d_w_a = torch.zeros_like(gate.bias), torch.zeros_like(gate.w_a)
@@ -167,3 +162,47 @@ def gated_attention_pool_backward(
         None if t is None or g is None or not need else g if g is d_x else g.to(t.dtype, copy=True)
         for g, t, need in zip(grads, like, needs, strict=True)
     )
+
+
+def gated_attention_pool(
+    x: Tensor,
+    offsets: Tensor,
+    parameters: GateParameters,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    score_bias: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores, kept = gated_attention_scores(x, parameters, dropout_p, seed, keep)
+    if score_bias is not None:
+        expect("score_bias", score_bias, tuple(scores.shape))
+        scores += score_bias
+    pooled, stats = attention_pool(x, scores, offsets)
+    return pooled, scores, stats, kept
+
+
+def gated_attention_pool_backward(
+    grad_pooled: Tensor | None,
+    grad_scores: Tensor | None,
+    x: Tensor,
+    offsets: Tensor,
+    parameters: GateParameters,
+    dropout_p: float,
+    seed: Tensor | None,
+    pooled: Tensor,
+    scores: Tensor,
+    stats: Tensor,
+    kept: Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    expect("scores", scores, (x.shape[0], parameters.w_a.shape[0]))
+    d_x, d_scores = None, None
+    if grad_pooled is not None:
+        d_x, d_scores = attention_pool_backward(grad_pooled, x, scores, offsets, pooled, stats, (needs[0], True))
+    if d_scores is None:
+        assert grad_scores is not None
+        d_scores = _single(grad_scores)
+    elif grad_scores is not None:
+        d_scores += grad_scores
+    grads = gated_attention_scores_backward(d_scores, x, parameters, dropout_p, seed, kept, needs[:7], d_x)
+    return (*grads, d_scores if needs[7] else None)

@@ -6,7 +6,7 @@ valid; `momkd.functional` is the public face.
 
 from momkd.ops.attention_pool import attention_pool
 from momkd.ops.ema_scatter import ema_accumulate, ema_apply_, ema_scatter_
-from momkd.ops.gated_attention_pool import gated_attention_pool
+from momkd.ops.gated_attention_pool import gated_attention_pool, gated_attention_scores
 from momkd.ops.graph_attention import graph_attention
 from momkd.ops.memory_guided_pool import memory_guided_pool
 from momkd.ops.memory_similarity import memory_similarity
@@ -18,6 +18,7 @@ __all__ = [
     "ema_apply_",
     "ema_scatter_",
     "gated_attention_pool",
+    "gated_attention_scores",
     "graph_attention",
     "memory_guided_pool",
     "memory_similarity",

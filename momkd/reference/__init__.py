@@ -6,7 +6,12 @@ backward has its formulas here too, checked against autograd through the forward
 
 from momkd.reference.attention_pool import attention_pool, attention_pool_backward
 from momkd.reference.ema_scatter import ema_accumulate, ema_apply_, ema_scatter_, reseed_
-from momkd.reference.gated_attention_pool import gated_attention_pool, gated_attention_pool_backward
+from momkd.reference.gated_attention_pool import (
+    gated_attention_pool,
+    gated_attention_pool_backward,
+    gated_attention_scores,
+    gated_attention_scores_backward,
+)
 from momkd.reference.graph_attention import graph_attention, graph_attention_backward
 from momkd.reference.memory_guided_pool import memory_guided_pool, memory_guided_pool_backward
 from momkd.reference.memory_similarity import memory_similarity, memory_similarity_backward
@@ -24,6 +29,8 @@ __all__ = [
     "gate_dropout_masks",
     "gated_attention_pool",
     "gated_attention_pool_backward",
+    "gated_attention_scores",
+    "gated_attention_scores_backward",
     "graph_attention",
     "graph_attention_backward",
     "memory_guided_pool",
