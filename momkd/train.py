@@ -159,20 +159,7 @@ class Trainer:
         self.model.train()
         with contextlib.closing(self._shares(plan, seed)) as shares:
             for step, (batch, slides, patches) in enumerate(shares, start=1):
-                moving = len(taken) + 1 == options.accumulate or step == len(plan)
-                room = memory_for(batch.slide_ids, batch.bags.num_rows, "train on", TRAINING, self.device)
-                with room, contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                    with autocast(self.device, options.amp):
-                        made = self.parallel(batch)
-                    terms, told = self._over_ranks(made)
-                    loss = sum(
-                        (getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(())
-                    )
-                    (loss / options.accumulate).backward()
-                taken.append(_Taken(made, slides))
-                if len(taken) == options.accumulate:
-                    self._move(taken)
-                    taken = []
+                told = self._step(batch, slides, taken, last=step == len(plan))
                 seen += patches
                 for name, term in told.items():
                     sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term
@@ -194,6 +181,26 @@ class Trainer:
         seconds = time.perf_counter() - began
         rate = float(self.optimizer.param_groups[0]["lr"])
         return {**means, "learning_rate": rate, "patches_per_second": seen / seconds}
+
+    def _step(self, batch: Batch, slides: int, taken: list[_Taken], *, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of a batch, and, after `accumulate` of them, the model moves; the terms of all ranks.
+
+        `slides`: of the batch on all ranks; `taken`: those since the model moved last, to which this one is added.
+        """
+        options = self.options
+        moving = len(taken) + 1 == options.accumulate or last
+        room = memory_for(batch.slide_ids, batch.bags.num_rows, "train on", TRAINING, self.device)
+        with room, contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
+            with autocast(self.device, options.amp):
+                made = self.parallel(batch)
+            terms, told = self._over_ranks(made)
+            loss = sum((getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(()))
+            (loss / options.accumulate).backward()
+        taken.append(_Taken(made, slides))
+        if len(taken) == options.accumulate:
+            self._move(taken)
+            taken.clear()
+        return told
 
     def _remedy(self) -> str:
         """What to do where a loss is not finite: the slides of the largest features, if no encoder makes such."""
