@@ -1,8 +1,8 @@
-"""A training step on small bags, which overhead bounds and not arithmetic: momkd against the same mathematics by hand.
+"""A training step on small bags, which overhead bounds and not arithmetic: momkd against its mathematics by hand.
 
-`python -m benchmarks.bench_small_step` prints both in seconds. 16 slides of 30 regions of 192 features, the default model
-128 wide, with genomics: a step of `momkd.train.Trainer` on a batch against `PaddedMoMKD` on the same patches, padded;
-validation as `momkd.inference.probabilities` does it against a plain forward.
+`python -m benchmarks.bench_small_step` prints both within a minute. 16 slides of 30 regions of 192 features, the
+default model 128 wide, with genomics: a step of `momkd.train.Trainer` on a batch against `PaddedMoMKD` on the same
+patches, padded; validation as `momkd.inference.probabilities` does it against a plain forward.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def make_trainer(slides: int = SLIDES, regions: int = REGIONS) -> Trainer:
     features = {name: torch.randn(regions, WIDTH) for name in names}
     profiles = torch.randn(slides, GENES).numpy()
     sizes = dict.fromkeys(names, regions)
-    loader = BagLoader(names, np.arange(slides) % 2, sizes, features.__getitem__, omics=profiles, slides_per_step=SLIDES)
+    loader = BagLoader(
+        names, np.arange(slides) % 2, sizes, features.__getitem__, omics=profiles, slides_per_step=SLIDES
+    )
     model = build_model(config, WIDTH, 2, GENES)
     model.memory.fill_(torch.randn(200, model.memory.memory.shape[2]), torch.arange(200) % 2)  # type: ignore[union-attr]
     return Trainer(model.train(), config, loader, loader)
@@ -109,7 +111,9 @@ def check(
     for _ in range(3):
         mine, theirs = ours(), by_hand()
         for name, term in mine.items():
-            torch.testing.assert_close(term, theirs[name].detach(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                term, theirs[name].detach(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
     wanted = hand.model.state_dict()
     for name, tensor in trainer.model.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,7 +1,7 @@
 """A training step of the default model as one writes it by hand: plain torch on a padded batch.
 
-Every slide has a label and a profile, so nothing is masked but padding. The layers are those of the model that is compared,
-copied; what momkd does by its ops is written here: pooling by gate and memory, the losses, the move of the memory.
+Every slide has a label and a profile, so nothing is masked but padding. The layers are those of the model that is
+compared, copied; what momkd does by its ops is written here: pooling by gate and memory, losses, move of the memory.
 """
 
 from __future__ import annotations

@@ -112,8 +112,9 @@ class Trainer:
             option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until 2.12
             options: dict[str, Any] = {option: False}
             self.parallel = DistributedDataParallel(self.losses, **options)
+        self.weights = list(model.parameters())
         self.optimizer = torch.optim.AdamW(
-            model.parameters(),
+            self.weights,
             lr=self.options.learning_rate,
             weight_decay=self.options.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
@@ -151,7 +152,8 @@ class Trainer:
     def _train_epoch(self) -> dict[str, float]:
         options, seed = self.options, (self.options.seed, self.epoch)
         plan = self.training.training(*seed, balanced=options.balanced)
-        sums: dict[str, Tensor] = {}
+        names: list[str] = []
+        sums = torch.zeros(0, device=self.device)  # of each term
         taken: list[_Taken] = []
         step = seen = 0
         began = shown = time.perf_counter()
@@ -161,18 +163,18 @@ class Trainer:
             for step, (batch, slides, patches) in enumerate(shares, start=1):
                 told = self._step(batch, slides, taken, last=step == len(plan))
                 seen += patches
-                for name, term in told.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=self.device)) + term
+                terms, names = torch.stack(list(told.values())), list(told)
+                sums = sums + terms if len(sums) else terms
                 now = time.perf_counter()
                 if self.report and (now - shown > 0.2 or step == len(plan)):  # reading the sums waits for the device
                     shown, best = now, self.best[0] if self.best else None
-                    means = {name: float(total) / step for name, total in sums.items()}
+                    means = _means(names, sums, step)
                     self.report(
                         Progress(self.epoch, options.epochs, step, len(plan), means, seen / (now - began), best)
                     )
         if taken:
             self._move(taken)
-        means = {f"{name}_loss": float(total) / step for name, total in sums.items()}
+        means = {f"{name}_loss": mean for name, mean in _means(names, sums, step).items()}
         with distributed.together():
             if not means or not all(np.isfinite(mean) for mean in means.values()):
                 bad = ", ".join(f"{name} {mean}" for name, mean in means.items() if not np.isfinite(mean))
@@ -194,8 +196,11 @@ class Trainer:
             with autocast(self.device, options.amp):
                 made = self.parallel(batch)
             terms, told = self._over_ranks(made)
-            loss = sum((getattr(self.config.loss, name) * term for name, term in terms.items()), torch.zeros(()))
-            (loss / options.accumulate).backward()
+            roots = {name: term for name, term in terms.items() if term.requires_grad}
+            weights = [
+                t.new_full((), getattr(self.config.loss, name) / options.accumulate) for name, t in roots.items()
+            ]
+            torch.autograd.backward(list(roots.values()), weights)  # of their weighted sum, which nobody asks for
         taken.append(_Taken(made, slides))
         if len(taken) == options.accumulate:
             self._move(taken)
@@ -244,7 +249,8 @@ class Trainer:
         rows of all, a rank's mean over n rows of N counts ranks · n / N.
         """
         if self.ranks == 1:
-            return made.losses, {name: term.detach() for name, term in made.losses.items()}
+            terms = made.losses
+            return terms, {name: term.detach() for name, term in terms.items()}
         means = [mean for several in made.terms.values() for mean in several]
         counts = torch.stack([mean.count for mean in means]).double()
         values = torch.stack([mean.value.detach() for mean in means]).double()
@@ -266,9 +272,10 @@ class Trainer:
         if memory is not None and self.epoch < self.warmup:
             memory.memory.grad = None  # where it is a parameter: at zero its cosines have a gradient without bound
         if self.options.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+            nn.utils.clip_grad_norm_(self.weights, self.options.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for weight in self.weights:
+            weight.grad = None
         rows = [step.made.memory_rows for step in taken if step.made.memory_rows is not None]
         if memory is None or not rows or options.update != "momentum" or self.epoch < self.warmup:
             return
@@ -378,6 +385,11 @@ class Trainer:
         self.schedule.load_state_dict(state.schedule)
         for name in _RESUMED:
             setattr(self, name, getattr(state, name))
+
+
+def _means(names: Sequence[str], sums: Tensor, steps: int) -> dict[str, float]:
+    """Means of terms over steps, by name. Waits for the device."""
+    return {name: total / steps for name, total in zip(names, sums.tolist(), strict=True)}
 
 
 def _mixed(*numbers: int) -> int:

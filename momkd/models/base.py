@@ -58,15 +58,22 @@ class MemoryRows:
 
     @classmethod
     def concatenate(cls, parts: Sequence[MemoryRows]) -> MemoryRows:
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("rows", "row_class", "weights")))
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over `count` rows of a batch, 0 where there are none: so the means of several ranks can become one."""
+    """A mean over the rows of a batch that are counted, 0 where there are none: so those of ranks can become one."""
 
     value: Tensor  # scalar
-    count: Tensor  # scalar
+    counted: Tensor  # (rows,) bool
+
+    @property
+    def count(self) -> Tensor:
+        """Rows that are counted, a scalar."""
+        return self.counted.sum()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,10 @@ class TrainingStep:
     @property
     def losses(self) -> dict[str, Tensor]:
         """The terms as scalars."""
-        return {name: torch.stack([mean.value for mean in means]).sum() for name, means in self.terms.items()}
+        return {
+            name: means[0].value if len(means) == 1 else torch.stack([mean.value for mean in means]).sum()
+            for name, means in self.terms.items()
+        }
 
 
 class MILModel(nn.Module):
@@ -169,15 +179,14 @@ class SlideClassifier(nn.Module):
 def classification_loss(logits: Tensor, labels: Tensor) -> Mean:
     """Cross-entropy over the labelled slides."""
     total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
-    count = (labels >= 0).sum()
-    return Mean(total / count.clamp_min(1), count)
+    labelled = labels >= 0
+    return Mean(total / labelled.sum().clamp_min(1), labelled)
 
 
 def reconstruction_loss(decoded: Tensor, profile: Tensor, present: Tensor) -> Mean:
     """Mean squared error over the values of the profiles that are present (B,) bool."""
     each = (decoded.float() - profile.float()).square().mean(1)  # (B,)
-    count = present.sum()
-    return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)
+    return Mean(torch.where(present, each, 0.0).sum() / present.sum().clamp_min(1), present)
 
 
 def pairing_loss(slide: Tensor, genomic: Tensor, present: Tensor) -> Mean:
@@ -186,5 +195,4 @@ def pairing_loss(slide: Tensor, genomic: Tensor, present: Tensor) -> Mean:
     slide and genomic (B, S); over the slides whose profile is present (B,) bool.
     """
     target = torch.where(present[:, None], genomic, slide).detach()  # what is absent may be NaN
-    count = present.sum()
-    return Mean((slide - target).square().sum() / count.clamp_min(1), count)
+    return Mean((slide - target).square().sum() / present.sum().clamp_min(1), present)

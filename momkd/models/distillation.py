@@ -109,5 +109,4 @@ class BatchDistillation(ABMIL):
         cosines = cosines.masked_fill(~(present[:, None] & present), -torch.inf)
         cosines = cosines.masked_fill(torch.diag(~present), 0.0)
         each = -(cosines.log_softmax(1).diagonal() + cosines.log_softmax(0).diagonal()) / 2
-        count = present.sum()
-        return Mean(torch.where(present, each, torch.zeros_like(each)).sum() / count.clamp_min(1), count)
+        return Mean(torch.where(present, each, 0.0).sum() / present.sum().clamp_min(1), present)

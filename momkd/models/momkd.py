@@ -9,6 +9,7 @@ Source: MoMKD, CVPR 2026 (arXiv 2602.21395).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -164,15 +165,19 @@ class MoMKD(MILModel):
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """pooled (B, H, D), patch projections (N, S), attention (N, H), slots (N, C) or None."""
+    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor, Callable[[], Tensor], Tensor | None]:
+        """pooled (B, H, D), patch projections (N, S), what gives the attention (N, H), slots (N, C) or None."""
         encoded = encode(self.encoder, bags, self.in_features, self.patch_projector.weight)
         z = _unit(self.patch_projector(encoded.features))
-        if isinstance(self.pool, MemoryGuidedPool):
+        slots: Tensor | None = None
+        if isinstance(self.pool, GatedMemoryPool):
+            pooled, scores, slots = self.pool.pool_with_scores(z, encoded, self.memory.memory)
+        elif isinstance(self.pool, MemoryGuidedPool):
             pooled, attention, slots = self.pool(z, encoded, self.memory.memory)
-            return pooled, z, attention, slots
-        pooled, scores = self.pool.pool_with_scores(encoded)
-        return pooled, z, attention_of(scores, bags.offsets), None
+            return pooled, z, lambda: attention, slots
+        else:
+            pooled, scores = self.pool.pool_with_scores(encoded)
+        return pooled, z, lambda: attention_of(scores, bags.offsets), slots
 
     def _slide_projection(self, pooled: Tensor, labels: Tensor) -> Tensor:
         """Unit projection (B, S) of the pooled slide: of the branch of its own class where there is one a class."""
@@ -192,27 +197,28 @@ class MoMKD(MILModel):
         by_gradient = self.memory.update == "gradient"
         committed = slide if self.rows == "slide" and not by_gradient else z
         row_class = labels if committed is slide else labels[bag_index(bags.offsets, z.shape[0])]
-        labelled = (labels >= 0).sum()
+        labelled = labels >= 0
+        counted = labelled if row_class is labels else row_class >= 0
         terms = {
             "classification": [classification_loss(logits, labels)],
-            "memory": [Mean(self.memory.commitment_loss(committed, row_class), (row_class >= 0).sum())],
+            "memory": [Mean(self.memory.commitment_loss(committed, row_class), counted)],
         }
         if by_gradient:
             terms["memory"].append(Mean(self.memory.orthogonality_loss(labels), labelled))
         genomic, taught = None, torch.zeros_like(labels, dtype=torch.bool)
         if self.genomics is not None and omics is not None:
             present = torch.ones_like(taught) if has_omics is None else has_omics
-            taught = present & (labels >= 0)
+            taught = present & labelled
             genomic, decoded = self.genomics(omics)
             terms["reconstruction"] = [reconstruction_loss(decoded, omics, present)]
             if self.assignment_tau is not None:
                 assigned = self.memory.assignment_loss(slide, genomic, present, tau=self.assignment_tau)
-                terms["assignment"] = [Mean(assigned, present.sum())]
+                terms["assignment"] = [Mean(assigned, present)]
             if self.paired:
                 terms["pairing"] = [pairing_loss(slide, genomic, present)]
             if not self.coupled:
-                own = torch.where(taught, labels, torch.full_like(labels, -1))
-                terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught.sum())]
+                own = torch.where(taught, labels, -1)
+                terms["soft_angle_omics"] = [Mean(self.soft_angle(genomic, self.memory.memory, own), taught)]
         drawn = slide
         if self.coupled and genomic is not None:
             drawn = torch.where(taught[:, None], _unit(slide + genomic), slide)
@@ -225,7 +231,7 @@ class MoMKD(MILModel):
         bags: Bags,
         labels: Tensor,
         z: Tensor,
-        attention: Tensor,
+        attention: Callable[[], Tensor],
         slide: Tensor,
         genomic: Tensor | None,
         taught: Tensor,
@@ -240,13 +246,13 @@ class MoMKD(MILModel):
             if self.rows == "patch":
                 share = 1 / bags.offsets.diff().clamp_min(1).float()[index]
             else:
-                head = row_class.clamp_min(0) if attention.shape[1] > 1 else torch.zeros_like(row_class)
-                share = attention.gather(1, head[:, None])[:, 0].float()
+                found = attention()
+                head = row_class.clamp_min(0) if found.shape[1] > 1 else torch.zeros_like(row_class)
+                share = found.gather(1, head[:, None])[:, 0].float()
             weights = share * seen[index]
         made = [MemoryRows(rows.detach().float(), row_class, weights)]
         if genomic is not None:
-            none = torch.full_like(labels, -1)
-            made.append(MemoryRows(genomic.detach(), torch.where(taught, labels, none), self.rho * taught.float()))
+            made.append(MemoryRows(genomic.detach(), torch.where(taught, labels, -1), self.rho * taught.float()))
         return MemoryRows.concatenate(made)
 
     # -- inference -----------------------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ class MoMKD(MILModel):
 
     def forward(self, bags: Bags) -> Prediction:
         pooled, _, attention, slots = self._pooled(bags)
-        return Prediction(self.classifier(pooled), attention.detach(), slots)
+        return Prediction(self.classifier(pooled), attention().detach(), slots)
 
     @torch.no_grad()
     def project(self, bags: Bags) -> Projections:
@@ -273,7 +279,7 @@ class MoMKD(MILModel):
             (torch.Size([570, 8]), torch.Size([2, 1, 8]))
         """
         pooled, z, attention, slots = self._pooled(bags)
-        return Projections(Prediction(self.classifier(pooled), attention, slots), z, self.project_slides(pooled))
+        return Projections(Prediction(self.classifier(pooled), attention(), slots), z, self.project_slides(pooled))
 
     def project_slides(self, pooled: Tensor) -> Tensor:
         """pooled (B, H, D) -> unit projections (B, H, S) float32."""
