@@ -2,8 +2,20 @@
 
 #include <atomic>
 
+#if defined(MOMKD_HAVE_AVX2) || defined(MOMKD_HAVE_AVX512)
+#include <cpuid.h>
+#endif
+
 namespace momkd {
 namespace {
+
+#if defined(MOMKD_HAVE_AVX2) || defined(MOMKD_HAVE_AVX512)
+// Conversions of float16. Not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 bool available(Isa isa) {
   switch (isa) {
@@ -11,7 +23,7 @@ bool available(Isa isa) {
       return true;
     case Isa::avx2:
 #ifdef MOMKD_HAVE_AVX2
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #else
       return false;
 #endif
@@ -19,7 +31,7 @@ bool available(Isa isa) {
 #ifdef MOMKD_HAVE_AVX512
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("fma");
+             __builtin_cpu_supports("fma") && has_f16c();
 #else
       return false;
 #endif

@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define MOMKD_CONCAT_(a, b) a##b
 #define MOMKD_CONCAT(a, b) MOMKD_CONCAT_(a, b)
 
@@ -82,14 +86,35 @@ struct Float32 {
   static void store_one(float *at, float v) { *at = v; }
 };
 
+// By name where there is one instruction for it: of the general form GCC makes five. The forms with a mask,
+// of all lanes, spare the warnings of GCC's headers about those without.
+#if defined(__AVX512F__)
+inline BitVec widen_bits(const uint16_t *at) {
+  return reinterpret_cast<BitVec>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i_u *)at)));
+}
+inline void narrow_bits(uint16_t *at, BitVec bits) {
+  _mm256_storeu_si256((__m256i_u *)at, _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(bits)));
+}
+#elif defined(__AVX2__)
+inline BitVec widen_bits(const uint16_t *at) {
+  return reinterpret_cast<BitVec>(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u *)at)));
+}
+inline void narrow_bits(uint16_t *at, BitVec bits) {
+  const __m256i all = reinterpret_cast<__m256i>(bits);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(all, all), 0x08);
+  _mm_storeu_si128((__m128i_u *)at, _mm256_castsi256_si128(packed));
+}
+#else
 inline BitVec widen_bits(const uint16_t *at) {
   return __builtin_convertvector(HalfVec(*reinterpret_cast<const LooseHalfVec *>(at)), BitVec);
 }
-
 inline void narrow_bits(uint16_t *at, BitVec bits) {
   *reinterpret_cast<LooseHalfVec *>(at) = __builtin_convertvector(bits, HalfVec);
 }
+#endif
 
+// The processor's own narrowing (AVX-512 BF16) makes zeros of subnormal numbers; this keeps them.
 struct Bfloat16 {
   typedef uint16_t stored;
   static Vec load(const uint16_t *at) { return of_bits(widen_bits(at) << 16); }
@@ -111,6 +136,29 @@ struct Bfloat16 {
   }
 };
 
+#if defined(__F16C__)
+struct Float16 {
+  typedef uint16_t stored;
+#if defined(__AVX512F__)
+  static Vec load(const uint16_t *at) {
+    return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i_u *)at)));
+  }
+  static void store(uint16_t *at, Vec v) {
+    _mm256_storeu_si256((__m256i_u *)at,
+                        _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
+  static Vec load(const uint16_t *at) {
+    return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)at)));
+  }
+  static void store(uint16_t *at, Vec v) {
+    _mm_storeu_si128((__m128i_u *)at, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  static float load_one(const uint16_t *at) { return _cvtsh_ss(*at); }
+  static void store_one(uint16_t *at, float v) { *at = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+};
+#else
 struct Float16 {
   typedef uint16_t stored;
   // Exponent and mantissa into place, times 2^112, which also makes subnormal numbers right; infinities and
@@ -138,6 +186,7 @@ struct Float16 {
     *at = all[0];
   }
 };
+#endif
 
 // The first `count` values of a vector, at most all; the others are 0.
 template <typename Type>

@@ -71,6 +71,17 @@ void check_half(const char *name, int exponent_bits, int mantissa_bits) {
   }
 }
 
+// A value narrowed by itself, which a vector of it must equal in every lane.
+template <typename Half>
+uint16_t narrowed(const char *name, float value) {
+  uint16_t one, all[kWidth];
+  Half::store_one(&one, value);
+  Half::store(all, value - Vec{});  // the sum would lose the sign of −0
+  for (uint16_t lane : all)
+    if (lane != one) fail(name, value, lane, one);
+  return one;
+}
+
 // Narrowing rounds to the nearest, ties to even: between any two neighbours, at the middle and a bit to each
 // side.
 template <typename Half>
@@ -88,14 +99,12 @@ void check_rounding(const char *name, int exponent_bits, int mantissa_bits) {
       for (int side : {-1, 0, 1}) {
         const float size = side == 0 ? middle : std::nextafter(middle, side < 0 ? 0.0f : INFINITY);
         const uint32_t want = side < 0 ? half : side > 0 ? half + 1 : half + (half & 1);
-        uint16_t got;
-        Half::store_one(&got, sign ? -size : size);
+        const uint16_t got = narrowed<Half>(name, sign ? -size : size);
         if (got != (want | sign)) fail(name, size, got, want | sign);
       }
     }
   for (float special : {INFINITY, -INFINITY, NAN, 3.4e38f, -3.4e38f, 0.0f, -0.0f, 1e-45f}) {
-    uint16_t got;
-    Half::store_one(&got, special);
+    const uint16_t got = narrowed<Half>(name, special);
     const double back = value_of_half(got, exponent_bits, mantissa_bits);
     const bool over = std::fabs(special) > 3.3e38;
     const double want = std::isnan(special) ? NAN
@@ -105,6 +114,14 @@ void check_rounding(const char *name, int exponent_bits, int mantissa_bits) {
     if (!same(back, want) && !(exponent_bits == 8 && std::isfinite(special) && over))
       fail(name, special, back, want);
   }
+  // A NaN stays one, and keeps its sign, whichever bit of it makes it a NaN.
+  for (uint32_t sign : {0u, 0x80000000u})
+    for (int bit = 0; bit < 23; ++bit) {
+      uint16_t all[kWidth];
+      Half::store(all, of_bits(BitVec{} + (sign | 0x7f800000u | 1u << bit)));
+      if (!std::isnan(value_of_half(all[0], exponent_bits, mantissa_bits)) || all[0] >> 15 != sign >> 31)
+        fail("NaN", bit, all[0], NAN);
+    }
 }
 
 // Every `stride`-th float32 of all 2^32; the largest error, in units of the last place.
