@@ -31,20 +31,13 @@ using AttentionArguments = std::tuple<RowArguments, RowArguments, uintptr_t, int
 GraphRows graph_rows_of(const AttentionArguments &arguments, int64_t nodes) {
   const auto &[l, r, att, heads, slope] = arguments;
   const Rows left = rows_of(l), right = rows_of(r);
-  if (left.type != RowType::float32 || right.type != RowType::float32)
-    throw py::value_error("x_l and x_r: expected float32");
+  if (left.type != right.type) throw py::value_error("x_l and x_r: expected one dtype");
   if (left.n != nodes || right.n != nodes)
     throw py::value_error("x_l and x_r: expected a row for each node of the graph");
   if (heads < 1 || left.width % heads || left.width != right.width)
     throw py::value_error("heads: expected to divide the width of x_l and x_r");
-  return {static_cast<const float *>(left.data),
-          static_cast<const float *>(right.data),
-          pointer<const float>(att),
-          left.stride,
-          right.stride,
-          heads,
-          left.width / heads,
-          slope};
+  return {left.data,    right.data, pointer<const float>(att), left.type, left.stride,
+          right.stride, heads,      left.width / heads,        slope};
 }
 
 using DropoutArguments = std::tuple<int64_t, uint32_t, float>;
@@ -61,23 +54,21 @@ void graph_attention_of(const GraphArguments &graph, const AttentionArguments &r
   const GraphRows of = graph_rows_of(rows, lists.nodes);
   py::gil_scoped_release release;
   check_graph(lists);
-  graph_attention(lists, of, graph_dropout_of(dropout), pointer<float>(out), pointer<float>(scores),
+  graph_attention(lists, of, graph_dropout_of(dropout), pointer<void>(out), pointer<float>(scores),
                   pointer<float>(stats), threads);
 }
 
 void graph_attention_backward_of(uintptr_t grad, const GraphArguments &graph, const AttentionArguments &rows,
-                                 const DropoutArguments &dropout, uintptr_t out, uintptr_t scores,
-                                 uintptr_t stats, uintptr_t d_l, uintptr_t d_r, uintptr_t d_att,
-                                 int threads) {
+                                 const DropoutArguments &dropout, uintptr_t scores, uintptr_t stats,
+                                 uintptr_t d_l, uintptr_t d_r, uintptr_t d_att, int threads) {
   const GraphLists lists = lists_of(graph);
   const GraphRows of = graph_rows_of(rows, lists.nodes);
   py::gil_scoped_release release;
   check_graph(lists);
   check_transpose(lists);
-  graph_attention_backward(pointer<const float>(grad), lists, of, graph_dropout_of(dropout),
-                           pointer<const float>(out), pointer<const float>(scores),
-                           pointer<const float>(stats), pointer<float>(d_l), pointer<float>(d_r),
-                           pointer<float>(d_att), threads);
+  graph_attention_backward(pointer<const void>(grad), lists, of, graph_dropout_of(dropout),
+                           pointer<const float>(scores), pointer<const float>(stats), pointer<void>(d_l),
+                           pointer<void>(d_r), pointer<float>(d_att), threads);
 }
 
 }  // namespace
@@ -87,8 +78,8 @@ void bind_graph(py::module_ &m) {
   m.def("graph_attention", &graph_attention_of, arg("graph"), arg("rows"), arg("dropout"), arg("out_ptr"),
         arg("scores_ptr"), arg("stats_ptr"), arg("threads"));
   m.def("graph_attention_backward", &graph_attention_backward_of, arg("grad_ptr"), arg("graph"), arg("rows"),
-        arg("dropout"), arg("out_ptr"), arg("scores_ptr"), arg("stats_ptr"), arg("d_l_ptr"), arg("d_r_ptr"),
-        arg("d_att_ptr"), arg("threads"));
+        arg("dropout"), arg("scores_ptr"), arg("stats_ptr"), arg("d_l_ptr"), arg("d_r_ptr"), arg("d_att_ptr"),
+        arg("threads"));
 }
 
 }  // namespace momkd

@@ -1,4 +1,4 @@
-// Message passing of GATv2 over the in-neighbours of every node and itself, for float32 rows.
+// Message passing of GATv2 over the in-neighbours of every node and itself, for rows of any type.
 //
 //   e_ij = a_h · LeakyReLU(l_j + r_i),  α_ij = softmax over j,  out_i = Σ_j drop(α_ij) l_j, for every head
 //
@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "cpu/rows.h"
+
 namespace momkd {
 
 // A graph, and in which order its nodes are visited; see momkd.graph.Edges.
@@ -17,9 +19,13 @@ struct GraphLists {
   int64_t nodes, edges;
 };
 
-// Rows of heads · width columns, `l_stride` and `r_stride` elements from row to row.
+// Rows of heads · width columns, `l_stride` and `r_stride` elements from row to row, both of one type. All
+// else of nodes and columns (out, its gradient, d_l, d_r) is of that type too, row after row; what is
+// reckoned is float32.
 struct GraphRows {
-  const float *l, *r, *att;
+  const void *l, *r;
+  const float *att;
+  RowType type;
   int64_t l_stride, r_stride, heads, width;
   float slope;
 };
@@ -33,12 +39,12 @@ struct GraphDropout {
 
 // out (N, H·C), scores (E + N, H) and stats (N, H, 2), the largest score and Σ exp(score − largest), are
 // overwritten.
-void graph_attention(const GraphLists &graph, const GraphRows &rows, const GraphDropout &dropout, float *out,
+void graph_attention(const GraphLists &graph, const GraphRows &rows, const GraphDropout &dropout, void *out,
                      float *scores, float *stats, int threads);
 
-// From grad (N, H·C) and what the forward gave: d_l, d_r (N, H·C) and d_att (H, C), each unless null.
-void graph_attention_backward(const float *grad, const GraphLists &graph, const GraphRows &rows,
-                              const GraphDropout &dropout, const float *out, const float *scores,
-                              const float *stats, float *d_l, float *d_r, float *d_att, int threads);
+// From grad (N, H·C) and what the forward gave: d_l, d_r (N, H·C) and d_att (H, C) float32, each unless null.
+void graph_attention_backward(const void *grad, const GraphLists &graph, const GraphRows &rows,
+                              const GraphDropout &dropout, const float *scores, const float *stats, void *d_l,
+                              void *d_r, float *d_att, int threads);
 
 }  // namespace momkd

@@ -1,4 +1,4 @@
-"""graph_attention by `momkd._C`; half precision is computed in float32."""
+"""graph_attention by `momkd._C`: 16-bit rows are read and written as such, and widened in registers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class _Call:
         expect("att", att, (att.shape[0], att.numel() // max(att.shape[0], 1)))
         expect("x_l", x_l, (edges.num_nodes, att.numel()))
         expect("x_r", x_r, (edges.num_nodes, att.numel()))
-        self.l, about_l = rows("x_l", x_l.float())
-        self.r, about_r = rows("x_r", x_r.float())
+        self.dtype = torch.promote_types(x_l.dtype, x_r.dtype)  # the kernels take both in one type
+        self.l, about_l = rows("x_l", x_l.to(self.dtype))
+        self.r, about_r = rows("x_r", x_r.to(self.dtype))
         self.att = att.float().contiguous()
         self.lists = [t.contiguous() for t in edges.tensors()]
         graph = (*(t.data_ptr() for t in self.lists), edges.num_nodes, edges.num_edges)
@@ -36,7 +37,7 @@ def graph_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(x_l, x_r, att, edges, negative_slope, dropout_p, seed)
     (nodes, width), heads = x_l.shape, att.shape[0]
-    out = call.att.new_empty(nodes, width)
+    out = call.l.new_empty(nodes, width)
     scores, stats = call.att.new_empty(edges.num_edges + nodes, heads), call.att.new_empty(nodes, heads, 2)
     pointers = out.data_ptr(), scores.data_ptr(), stats.data_ptr()
     extension()[0].graph_attention(*call.arguments, *pointers, torch.get_num_threads())
@@ -63,15 +64,19 @@ def graph_attention_backward(
     expect("out", out, (nodes, width))
     expect("scores", scores, (edges.num_edges + nodes, heads))
     expect("stats", stats, (nodes, heads, 2))
-    given = [t.float().contiguous() for t in (grad, out, scores, stats)]
-    like = (x_l, x_r, att)
-    made = [call.att.new_empty(t.shape) if need else None for t, need in zip(like, needs, strict=True)]
+    grad, scores, stats = grad.to(call.dtype).contiguous(), scores.float().contiguous(), stats.float().contiguous()
+    d_l, d_r = (
+        t.new_empty(nodes, width) if need else None for t, need in zip((call.l, call.r), needs[:2], strict=True)
+    )
+    d_att = torch.empty_like(call.att) if needs[2] else None
     extension()[0].graph_attention_backward(
-        given[0].data_ptr(),
+        grad.data_ptr(),
         *call.arguments,
-        *(t.data_ptr() for t in given[1:]),
-        *(0 if t is None else t.data_ptr() for t in made),
+        scores.data_ptr(),
+        stats.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (d_l, d_r, d_att)),
         torch.get_num_threads(),
     )
-    d_l, d_r, d_att = (None if t is None else t.to(old.dtype) for t, old in zip(made, like, strict=True))
+    found = zip((d_l, d_r, d_att), (x_l, x_r, att), strict=True)
+    d_l, d_r, d_att = (None if t is None else t.to(like.dtype) for t, like in found)
     return d_l, d_r, d_att
