@@ -20,7 +20,8 @@ struct MemoryShape {
 void memory_similarity(const Rows &z, const float *memory, const MemoryShape &shape, float tau,
                        float *similarity, int32_t *nearest, int threads);
 
-// From grad (N, C): d_z (as z, rows one after the other) and d_memory (C, K, S) float32, each unless null.
+// From grad (N, C): d_z (as z, rows one after the other) and d_memory (C, K, S) float32, each unless null. A
+// row whose grad is 0 gets 0 and gives nothing, were it NaN.
 void memory_similarity_backward(const float *grad, const Rows &z, const float *memory,
                                 const MemoryShape &shape, float tau, const int32_t *nearest, void *d_z,
                                 float *d_memory, int threads);
@@ -34,7 +35,7 @@ struct SoftAngle {
 void soft_angle_loss(const Rows &z, const float *memory, const MemoryShape &shape, const SoftAngle &angle,
                      float *losses, int threads);
 
-// From grad (N,): d_z and d_memory as of memory_similarity_backward. Rows without label must be finite.
+// From grad (N,): d_z and d_memory as of memory_similarity_backward.
 void soft_angle_loss_backward(const float *grad, const Rows &z, const float *memory, const MemoryShape &shape,
                               const SoftAngle &angle, void *d_z, float *d_memory, int threads);
 

@@ -229,12 +229,25 @@ void chosen(const void *z, int64_t stride, int64_t count, const BankView &bank, 
   }
 }
 
+// Whether the gradient of any class reaches row i. One that none reaches gets 0 and gives nothing, were it
+// NaN.
+inline bool has_gradient(const float *d_value, int64_t classes, int64_t i) {
+  for (int64_t c = 0; c < classes; ++c)
+    if (d_value[i * classes + c] != 0) return true;
+  return false;
+}
+
 template <typename Type>
 void pull_max(const void *z, int64_t stride, int64_t count, const BankView &bank, const int32_t *slot,
               const float *d_value, void *d_z, float *d_bank, float *scratch) {
   const int64_t width = bank.width;
   float *unit = scratch, *d_unit = scratch + width;
   for (int64_t i = 0; i < count; ++i) {
+    typename Type::stored *out = d_z ? static_cast<typename Type::stored *>(d_z) + i * width : nullptr;
+    if (!has_gradient(d_value, bank.classes, i)) {
+      for (int64_t j = 0; out && j < width; ++j) out[j] = 0;
+      continue;
+    }
     const UnitRow row = unit_row<Type>(row_at<Type>(z, stride, i), width, unit);
     for (int64_t j = 0; j < width; ++j) d_unit[j] = 0;
     for (int64_t c = 0; c < bank.classes; ++c) {
@@ -249,8 +262,7 @@ void pull_max(const void *z, int64_t stride, int64_t count, const BankView &bank
         Float32::store(d_bank + at + j, Float32::load(d_bank + at + j) + weight * Float32::load(unit + j));
       for (; j < width; ++j) d_bank[at + j] += weight * unit[j];
     }
-    if (!d_z) continue;
-    typename Type::stored *out = static_cast<typename Type::stored *>(d_z) + i * width;
+    if (!out) continue;
     const float radial = row.clamped ? 0 : dot_of(d_unit, unit, width);
     int64_t j = 0;
     for (; j + kWidth <= width; j += kWidth)
@@ -288,6 +300,9 @@ void pull_lse(const void *z, int64_t stride, int64_t count, const BankView &bank
   for (int64_t first = 0; first < count; first += kWidth) {
     const int64_t rows = count - first < kWidth ? count - first : kWidth;
     load_tile<Type>(z, stride, first, rows, width, tile);
+    for (int lane = 0; lane < rows; ++lane)
+      if (!has_gradient(d_value, classes, first + lane))
+        for (int64_t j = 0; j < width; ++j) tile[j * kWidth + lane] = 0;
     const Norm norm = norm_of_tile(tile, width);
     for (int64_t j = 0; j < width; ++j) {
       Float32::store(tile + j * kWidth, Float32::load(tile + j * kWidth) * norm.inverse);

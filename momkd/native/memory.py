@@ -96,7 +96,7 @@ def soft_angle_loss_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     expect("labels", labels, (z.shape[0],), torch.int64)
-    z, about, bank = _rows_and_bank(z.masked_fill(labels[:, None] < 0, 0.0), memory)
+    z, about, bank = _rows_and_bank(z, memory)
     expect("grad", grad, (z.shape[0],))
     grad, labels = _single(grad), labels.contiguous()
     d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
