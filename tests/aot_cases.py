@@ -73,11 +73,11 @@ def _gated_attention_pool(
     gate = (None, None) if ungated else (w.clone(), b.clone())
     parameters = GateParameters(w, b, *gate, *branch)
     p, seed = (0.25, torch.tensor(7)) if dropout else (0.0, None)
-    call = kernels.gated_attention_pool_kept if kept else kernels.gated_attention_pool
-    pooled, scores, stats, *products = call(x, offsets, parameters, p, seed)
-    needs = (not frozen, True, True, not ungated, not ungated, True, True)
-    given = torch.zeros_like(pooled), None, x, offsets, parameters, p, seed, pooled, scores, stats, needs
-    kernels.gated_attention_pool_backward(*given, *products)
+    bias = torch.zeros(ROWS, H)
+    pooled, scores, stats, products = kernels.gated_attention_pool(x, offsets, parameters, p, seed, bias, kept)
+    needs = (not frozen, True, True, not ungated, not ungated, True, True, True)
+    given = x, offsets, parameters, p, seed, pooled, scores, stats, products if kept else None, needs
+    kernels.gated_attention_pool_backward(torch.zeros_like(pooled), None, *given)
 
 
 def _memory(dtype: torch.dtype, C: int, K: int, S: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,9 @@ CALLS: dict[str, Callable[[str | None], object]] = {
     "gated_attention_pool": lambda name: F.gated_attention_pool(
         torch.randn(7, 4), OFFSETS, torch.randn(3, 4), None, None, None, torch.randn(1, 3), None, backend=name
     ),
+    "gated_attention_scores": lambda name: F.gated_attention_scores(
+        torch.randn(7, 4), torch.randn(3, 4), None, None, None, torch.randn(1, 3), None, backend=name
+    ),
     "attention_pool": lambda name: F.attention_pool(torch.randn(7, 4), torch.randn(7, 2), OFFSETS, backend=name),
     "memory_similarity": lambda name: F.memory_similarity(torch.randn(7, 4), bank()[0], backend=name),
     "memory_guided_pool": lambda name: F.memory_guided_pool(

@@ -93,32 +93,79 @@ def gated_attention_pool(
     heads: int = 1,
     p: float = 0.0,
     gated: bool = True,
+    biased: bool = False,
     backend: str | None = None,
 ) -> Case:
-    names = ("x", "w_v", "b_v", "w_u", "b_u", "w_a", "b_a")
-    shapes = [(hidden, width), (hidden,), (hidden, width), (hidden,), (heads, hidden), (heads,)]
-    x, *weights = given.normal(given.rows, width), *(given.normal(*s, scale=s[-1] ** -0.5) for s in shapes)
-    if not gated:
-        names, weights = names[:3] + names[5:], weights[:2] + weights[4:]
+    """biased: with score_bias, the last of the tensors."""
+    names, tensors = _gate(given, width, hidden, heads, gated)
+    asked = _asked_of_gate(tensors, gated)
+    if biased:
+        names, tensors = (*names, "score_bias"), [*tensors, given.normal(given.rows, heads)]
 
-    def parameters(w: Sequence[Tensor]) -> GateParameters:
-        return GateParameters(*w) if gated else GateParameters(w[0], w[1], None, None, w[2], w[3])
+    def split(w: Sequence[Tensor]) -> tuple[GateParameters, Tensor | None]:
+        return (_parameters(w[:-1], gated), w[-1]) if biased else (_parameters(w, gated), None)
 
     def call(x: Tensor, *w: Tensor) -> Outputs:
-        return F.gated_attention_pool(
-            x, given.offsets, *parameters(w), dropout_p=p, seed=given.seed, return_scores=True, backend=backend
-        )
+        gate, bias = split(w)
+        options = {"dropout_p": p, "seed": given.seed, "return_scores": True, "backend": backend}
+        return F.gated_attention_pool(x, given.offsets, *gate, score_bias=bias, **options)
+
+    def exact(x: Tensor, *w: Tensor) -> Outputs:
+        gate, bias = split(w)
+        return reference.gated_attention_pool(x, given.offsets, gate, p, given.seed, bias)[:2]
+
+    def in_torch(x: Tensor, *w: Tensor) -> Outputs:
+        gate, bias = split(w)
+        return plain.gated_attention_pool(x, given.lengths, *gate, p, given.seed, bias)
 
     return Case(
         "gated_attention_pool",
         names,
-        [x, *weights],
+        tensors,
         call,
-        lambda x, *w: reference.gated_attention_pool(x, given.offsets, parameters(w), p, given.seed)[:2],
-        lambda x, *w: plain.gated_attention_pool(x, given.lengths, *parameters(w), p, given.seed),
-        [x, given.offsets, weights[0], weights[2] if gated else None, weights[-2]],
+        exact,
+        in_torch,
+        [asked[0], given.offsets, *asked[1:]],
         differentiable=2,
     )
+
+
+def gated_attention_scores(
+    given: Inputs,
+    width: int = 1024,
+    hidden: int = 256,
+    heads: int = 1,
+    p: float = 0.0,
+    gated: bool = True,
+    backend: str | None = None,
+) -> Case:
+    names, tensors = _gate(given, width, hidden, heads, gated)
+    options = {"dropout_p": p, "seed": given.seed, "backend": backend}
+    return Case(
+        "gated_attention_scores",
+        names,
+        tensors,
+        lambda x, *w: (F.gated_attention_scores(x, *_parameters(w, gated), **options),),
+        lambda x, *w: reference.gated_attention_scores(x, _parameters(w, gated), p, given.seed)[:1],
+        lambda x, *w: (plain.gated_attention_scores(x, *_parameters(w, gated), p, given.seed),),
+        _asked_of_gate(tensors, gated),
+    )
+
+
+def _gate(given: Inputs, width: int, hidden: int, heads: int, gated: bool) -> tuple[tuple[str, ...], list[Tensor]]:
+    """Names and tensors: the rows and the parameters of a gate."""
+    names = ("x", "w_v", "b_v", "w_u", "b_u", "w_a", "b_a")
+    shapes = [(hidden, width), (hidden,), (hidden, width), (hidden,), (heads, hidden), (heads,)]
+    tensors = [given.normal(given.rows, width), *(given.normal(*s, scale=s[-1] ** -0.5) for s in shapes)]
+    return (names, tensors) if gated else (names[:3] + names[5:], tensors[:3] + tensors[5:])
+
+
+def _parameters(w: Sequence[Tensor], gated: bool) -> GateParameters:
+    return GateParameters(*w) if gated else GateParameters(w[0], w[1], None, None, w[2], w[3])
+
+
+def _asked_of_gate(tensors: Sequence[Tensor], gated: bool) -> list[Tensor | None]:
+    return [tensors[0], tensors[1], tensors[3] if gated else None, tensors[-2]]
 
 
 def attention_pool(given: Inputs, width: int = 1024, heads: int = 1, backend: str | None = None) -> Case:

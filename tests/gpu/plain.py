@@ -26,6 +26,28 @@ def softmax_pool(scores: Tensor, values: Tensor, lengths: Sequence[int]) -> tupl
     return torch.stack(pooled), torch.cat(attention)
 
 
+def gated_attention_scores(
+    x: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    w_u: Tensor | None,
+    b_u: Tensor | None,
+    w_a: Tensor,
+    b_a: Tensor | None,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor:
+    """Scores (N, H)."""
+    linear = torch.nn.functional.linear
+    hidden = torch.tanh(linear(x, w_v, b_v))
+    sigma = None if w_u is None else torch.sigmoid(linear(x, w_u, b_u))
+    if dropout_p > 0:
+        keep_tanh, keep_sigma = gate_dropout_masks(seed, x.shape[0], w_v.shape[0], dropout_p)
+        hidden = hidden * keep_tanh.to(hidden.dtype) * keep_scale(dropout_p)
+        sigma = None if sigma is None else sigma * keep_sigma.to(hidden.dtype) * keep_scale(dropout_p)
+    return linear(hidden if sigma is None else hidden * sigma, w_a, b_a)
+
+
 def gated_attention_pool(
     x: Tensor,
     lengths: Sequence[int],
@@ -37,16 +59,11 @@ def gated_attention_pool(
     b_a: Tensor | None,
     dropout_p: float,
     seed: Tensor,
+    score_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pooled (B, H, L) and scores (N, H)."""
-    linear = torch.nn.functional.linear
-    hidden = torch.tanh(linear(x, w_v, b_v))
-    sigma = None if w_u is None else torch.sigmoid(linear(x, w_u, b_u))
-    if dropout_p > 0:
-        keep_tanh, keep_sigma = gate_dropout_masks(seed, x.shape[0], w_v.shape[0], dropout_p)
-        hidden = hidden * keep_tanh.to(hidden.dtype) * keep_scale(dropout_p)
-        sigma = None if sigma is None else sigma * keep_sigma.to(hidden.dtype) * keep_scale(dropout_p)
-    scores = linear(hidden if sigma is None else hidden * sigma, w_a, b_a)
+    scores = gated_attention_scores(x, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p, seed)
+    scores = scores if score_bias is None else scores + score_bias
     return softmax_pool(scores, x, lengths)[0], scores
 
 

@@ -37,6 +37,8 @@ OPS: dict[str, Callable[[Inputs], Case]] = {
     "gated_attention_pool, dropout": partial(cases.gated_attention_pool, p=0.25),
     "gated_attention_pool, 3 heads": partial(cases.gated_attention_pool, heads=3),
     "gated_attention_pool, ungated": partial(cases.gated_attention_pool, gated=False),
+    "gated_attention_pool, score_bias": partial(cases.gated_attention_pool, biased=True, heads=2),
+    "gated_attention_scores": partial(cases.gated_attention_scores, p=0.25),
     "attention_pool": cases.attention_pool,
     "attention_pool, 5 heads": partial(cases.attention_pool, heads=5),
     "memory_similarity max": cases.memory_similarity,
@@ -49,6 +51,7 @@ OPS: dict[str, Callable[[Inputs], Case]] = {
 }
 TINY_SIZES: dict[str, dict[str, Any]] = {
     "gated_attention_pool": {"width": 32, "hidden": 16},
+    "gated_attention_scores": {"width": 32, "hidden": 16},
     "attention_pool": {"width": 32},
     "memory_guided_pool": {"width": 32},
     "graph_attention": {"width": 16},

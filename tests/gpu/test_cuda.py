@@ -21,6 +21,7 @@ pytestmark = [*on_gpu, about_cuda]
 
 OPS: dict[str, Callable[..., Case]] = {
     "gated_attention_pool": partial(cases.gated_attention_pool, p=0.25),
+    "gated_attention_scores": partial(cases.gated_attention_scores, p=0.25),
     "attention_pool": cases.attention_pool,
     "memory_similarity max": cases.memory_similarity,
     "memory_similarity lse": partial(cases.memory_similarity, reduce="lse"),

@@ -27,6 +27,8 @@ OPS: dict[str, Callable[..., Case]] = {
     "gated_attention_pool, dropout": partial(cases.gated_attention_pool, **GATE, p=0.25),
     "gated_attention_pool, 4 heads, dropout": partial(cases.gated_attention_pool, **MANY_HEADS, p=0.25),
     "gated_attention_pool, odd widths": partial(cases.gated_attention_pool, **ODD_GATE),
+    "gated_attention_pool, 4 heads, score_bias": partial(cases.gated_attention_pool, **MANY_HEADS, biased=True),
+    "gated_attention_scores": partial(cases.gated_attention_scores, **GATE),
     "attention_pool": partial(cases.attention_pool, width=WIDTH),
     "attention_pool, 5 heads": partial(cases.attention_pool, width=WIDTH, heads=5),
     "memory_similarity max": cases.memory_similarity,

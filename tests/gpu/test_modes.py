@@ -26,6 +26,8 @@ pytestmark = on_gpu
 GATE = {"width": smaller(1024, 72), "hidden": smaller(256, 40)}
 OPS: dict[str, Callable[..., Case]] = {
     "gated_attention_pool": partial(cases.gated_attention_pool, **GATE, p=0.25),
+    "gated_attention_pool, score_bias": partial(cases.gated_attention_pool, **GATE, p=0.25, biased=True),
+    "gated_attention_scores": partial(cases.gated_attention_scores, **GATE, p=0.25),
     "attention_pool": partial(cases.attention_pool, width=smaller(1024, 72)),
     "memory_similarity max": cases.memory_similarity,
     "memory_similarity lse": partial(cases.memory_similarity, reduce="lse"),

@@ -36,7 +36,13 @@ def differentiable(
     gate = (made(7, 4), made(3, 4), made(3), made(3, 4), made(3), made(2, 3), made(2))
     return {
         "gated_attention_pool": Case(
-            lambda x, *rest: F.gated_attention_pool(x, offsets, *rest, dropout_p=0.2, seed=3, backend=backend), gate
+            lambda x, *rest: F.gated_attention_pool(
+                x, offsets, *rest[:6], score_bias=rest[6], dropout_p=0.2, seed=3, backend=backend
+            ),
+            (*gate, made(7, 2)),
+        ),
+        "gated_attention_scores": Case(
+            lambda *tensors: F.gated_attention_scores(*tensors, dropout_p=0.2, seed=3, backend=backend), gate
         ),
         "attention_pool": Case(lambda v, s: F.attention_pool(v, s, offsets, backend=backend), (made(7, 4), made(7, 2))),
         "memory_similarity": Case(

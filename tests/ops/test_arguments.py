@@ -84,9 +84,9 @@ def test_offsets_of_backward(kind: str, backend: str) -> None:
         torch.ops.momkd.memory_guided_pool_backward(*guided, False, [True] * 3, backend)
     w_v, w_a = torch.ones(5, 6), torch.ones(2, 5)
     kept = torch.empty(0)
-    gated = (pooled, None, values, offsets, w_v, None, None, None, w_a, None, None, pooled, scores, stats, kept)
+    gated = (values, offsets, w_v, None, None, None, w_a, None, None, None, pooled, scores, stats, kept, pooled, None)
     with pytest.raises(ValueError, match="offsets: expected"):
-        torch.ops.momkd.gated_attention_pool_backward(*gated, 0.0, [True] * 7, backend)
+        torch.ops.momkd.gated_attention_pool_backward(*gated, 0.0, [True] * 8, backend)
 
 
 @pytest.mark.parametrize("bad", [2, 10**9, 2**62, -2, -(2**62)])
@@ -201,7 +201,8 @@ def _native_calls() -> dict[str, tuple[Any, str, list[Any]]]:
     usage, t, n = torch.ones(2, 3), torch.tensor(0.5), "native"
     no, both = None, [True, True]
     angle, far = [0.3, 5.0, 20.0, n], torch.full_like(slots, 10**9)
-    end = [0.0, no, 0, n]  # of the gate: dropout, its seed, and what may be kept
+    alone = [0.0, no, 0, n]  # of the gate: dropout, its seed, and what may be kept
+    end = [no, *alone]  # no score_bias
     return {
         "scores of fewer rows": (op.attention_pool, "scores", [x, s[:3], o, n]),
         "int64 offsets": (op.attention_pool, "offsets", [x, s, o.long(), n]),

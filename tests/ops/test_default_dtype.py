@@ -33,7 +33,14 @@ def with_gradients(out: Tensor | tuple[Tensor, ...], *inputs: Tensor) -> list[Te
 
 def gated(backend: str) -> list[Tensor]:
     x, w_v, b_v, w_u, w_a = leaf(ROWS, 12), leaf(9, 12), leaf(9), leaf(9, 12), leaf(2, 9)
-    out = F.gated_attention_pool(x, OFFSETS, w_v, b_v, w_u, None, w_a, None, dropout_p=0.25, seed=5, backend=backend)
+    bias, options = leaf(ROWS, 2), {"dropout_p": 0.25, "seed": 5, "backend": backend}
+    out = F.gated_attention_pool(x, OFFSETS, w_v, b_v, w_u, None, w_a, None, score_bias=bias, **options)
+    return with_gradients(out, x, w_v, b_v, w_u, w_a, bias)
+
+
+def gate_alone(backend: str) -> list[Tensor]:
+    x, w_v, b_v, w_u, w_a = leaf(ROWS, 12), leaf(9, 12), leaf(9), leaf(9, 12), leaf(2, 9)
+    out = F.gated_attention_scores(x, w_v, b_v, w_u, None, w_a, None, dropout_p=0.25, seed=5, backend=backend)
     return with_gradients(out, x, w_v, b_v, w_u, w_a)
 
 
@@ -82,6 +89,7 @@ def update(backend: str) -> list[Tensor]:
 
 CALLS: dict[str, Callable[[str], list[Tensor]]] = {
     "gated_attention_pool": gated,
+    "gated_attention_scores": gate_alone,
     "attention_pool": pool,
     "memory_guided_pool": guided,
     "memory_similarity": similarity,

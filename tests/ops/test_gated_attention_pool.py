@@ -151,7 +151,9 @@ def test_opcheck_and_compile(p: float) -> None:
     made = arguments((3, 0, 2))
     values = [made[name] for name in NAMES]
     seed = torch.tensor(3) if p else None
-    torch.library.opcheck(ops.gated_attention_pool, (values[0], offsets_of((3, 0, 2)), *values[1:], p, seed, -1, ""))
+    torch.library.opcheck(
+        ops.gated_attention_pool, (values[0], offsets_of((3, 0, 2)), *values[1:], None, p, seed, -1, "")
+    )
     compiled = torch.compile(lambda: fused(made, (3, 0, 2), dropout_p=p, seed=3), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), fused(made, (3, 0, 2), dropout_p=p, seed=3))
 
