@@ -1,29 +1,29 @@
-"""momkd: kernels for multiple-instance learning on whole-slide images, and momentum memory knowledge distillation."""
+"""momkd: kernels for multiple-instance learning on whole-slide images, and momentum memory knowledge distillation.
 
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+Everything but `doctor` is loaded when it is first asked for: `momkd --help` imports no torch.
+"""
 
-from momkd.bags import Bags
-from momkd.budget import gate_memory
+from typing import TYPE_CHECKING
+
+from momkd._lazy import lazily
 from momkd.doctor import doctor  # at once: a lazy one would give way to the module of its name after first use
-from momkd.gpu import tune
 
 if TYPE_CHECKING:
     from momkd import compat, functional, graph, models, nn, ops, reference
-
-try:
-    __version__ = version("momkd")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
+    from momkd._version import __version__ as __version__
+    from momkd.bags import Bags
+    from momkd.budget import gate_memory
+    from momkd.gpu import tune
 
 __all__ = ["Bags", "compat", "doctor", "functional", "gate_memory", "graph", "models", "nn", "ops", "reference", "tune"]
 
-_SUBMODULES = {"compat", "functional", "graph", "models", "nn", "ops", "reference"}
-
-
-def __getattr__(name: str) -> Any:
-    """Load submodules at first use, so that `import momkd` is quick."""
-    if name in _SUBMODULES:
-        return import_module(f"momkd.{name}")
-    raise AttributeError(f"module 'momkd' has no attribute {name!r}")
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        **{name: f"momkd.{name}" for name in ("compat", "functional", "graph", "models", "nn", "ops", "reference")},
+        "Bags": "momkd.bags",
+        "gate_memory": "momkd.budget",
+        "tune": "momkd.gpu",
+        "__version__": "momkd._version",
+    },
+)

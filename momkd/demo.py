@@ -32,7 +32,7 @@ from momkd.progress import ConsoleReporter, progress_bar
 from momkd.report import ReportFigure, comparison_table, write_report
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
-from momkd.terminal import OUT, say, show
+from momkd.terminal import say, show, stdout
 
 ARMS = {"ABMIL": "abmil", "MoMKD": "fast"}
 BASELINE = "ABMIL"
@@ -62,7 +62,7 @@ def run_demo(out: Path, *, fast: bool = False, seed: int = 0, console: Console |
     _make_room(out)
     write_json(make_folder(out) / MARK, {"momkd": momkd.__version__, "note": NOTE, "fast": fast, "seed": seed})
     try:
-        return _demonstrate(out, fast, seed, console or OUT)
+        return _demonstrate(out, fast, seed, console or stdout())
     finally:
         list_files(out)  # also after an interrupt, so that the next demonstration may replace this one
 

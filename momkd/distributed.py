@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from momkd import env
 from momkd.errors import InputError, RankError, SharedError
-from momkd.terminal import ERR, say
+from momkd.terminal import say, stderr
 
 _BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
 _SILENT = 3.0  # seconds of waiting for the others before a word is said
@@ -104,7 +104,7 @@ def _join(backend: str) -> None:
         if not told and time.monotonic() - began > _SILENT:
             told = True
             who = f"rank {env.rank()} of {env.world_size()}"
-            say(f"momkd: {who}: waiting for the others at {where}, up to {limit} s", console=ERR)
+            say(f"momkd: {who}: waiting for the others at {where}, up to {limit} s", console=stderr())
     if isinstance(found[0], Exception):
         raise RankError(
             f"rank {env.rank()}: expected {env.world_size()} ranks at {where} within {limit} s, got "

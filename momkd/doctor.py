@@ -1,6 +1,6 @@
 """What momkd can do on this machine: each op, each backend and why it runs or does not, and the versions of all parts.
 
-Importing this is cheap and starts nothing; only `doctor` itself looks for devices and imports Triton and CuPy.
+Importing this is cheap and starts nothing; only `doctor` itself imports torch, Triton and CuPy, and looks for devices.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import IO, Any
 
-import torch
-
 import momkd
-from momkd import dispatch, env, native
+from momkd import env
 from momkd.errors import BackendError
 
 
@@ -77,6 +75,10 @@ def doctor(file: IO[str] | None = None, *, show: bool = True) -> Report:
         >>> [state.backend for state in report.backends if state.op == "attention_pool" and state.runs][-1]
         'torch'
     """
+    import torch
+
+    from momkd import dispatch
+
     report = Report(
         versions={
             "momkd": momkd.__version__,
@@ -116,6 +118,8 @@ def _version(name: str) -> str:
 
 
 def _devices() -> tuple[str, ...]:
+    import torch
+
     if torch.version.cuda is None and torch.version.hip is None:
         return ("no GPU: torch is built for the CPU alone",)
     with warnings.catch_warnings(record=True) as caught:  # a driver that is too old is a warning of torch's
@@ -135,6 +139,8 @@ def _devices() -> tuple[str, ...]:
 
 
 def _cpu_extension() -> dict[str, Any]:
+    from momkd import native
+
     module, reason = native.extension()
     return _described(module) if module is not None else {"built": False, "reason": reason}
 
@@ -159,6 +165,8 @@ def _described(module: Any) -> dict[str, Any]:
 
 
 def _default(op: str) -> str:
+    from momkd import dispatch
+
     try:
         return dispatch.choose(op, None, ())
     except (BackendError, ValueError) as error:  # MOMKD_BACKEND names one that cannot run, or none at all
@@ -177,6 +185,7 @@ def _print(report: Report, file: IO[str] | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from momkd import dispatch
     from momkd.terminal import show, terminal
 
     console = terminal(file=file or sys.stdout)
@@ -212,6 +221,8 @@ def _print(report: Report, file: IO[str] | None) -> None:
 
 
 def _rank(op: str, backend: str) -> int:
+    from momkd import dispatch
+
     held = dispatch.OPS[op]
     return held.index(backend) if backend in held else len(held)
 

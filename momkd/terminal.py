@@ -7,11 +7,11 @@ bytes that are no text. Everything is printed by `say`, `note` and `show`, on co
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -27,50 +27,71 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-class _Terminal(Console):
-    """A console without markup, emoji and highlighting, which shows control characters escaped."""
+@cache
+def _kind() -> type[Console]:
+    """Return the class of the consoles. It is made at first use: rich takes longer to import than the command line."""
+    from rich.console import Console
+    from rich.segment import Segment
+    from rich.text import Text
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(printable(text, keep="\n"), **options)
+    class Terminal(Console):
+        """A console without markup, emoji and highlighting, which shows control characters escaped."""
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            safe = segment.control or segment.text.isprintable()
-            yield segment if safe else Segment(printable(segment.text, keep="\n"), segment.style)
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(printable(text, keep="\n"), **options)
 
-    def print(self, *objects: Any, **options: Any) -> None:
-        try:
-            super().print(*objects, **options)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk, which does not say of which file it speaks
-            raise OSError(
-                error.errno, error.strerror, "standard error" if self.stderr else "standard output"
-            ) from error
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                safe = segment.control or segment.text.isprintable()
+                yield segment if safe else Segment(printable(segment.text, keep="\n"), segment.style)
 
-    def on_broken_pipe(self) -> None:
-        raise  # the error that rich is handling: the command line ends silently
+        def print(self, *objects: Any, **options: Any) -> None:
+            try:
+                super().print(*objects, **options)
+            except BrokenPipeError:
+                raise
+            except OSError as error:  # a full disk, which does not say of which file it speaks
+                raise OSError(
+                    error.errno, error.strerror, "standard error" if self.stderr else "standard output"
+                ) from error
+
+        def on_broken_pipe(self) -> None:
+            raise  # the error that rich is handling: the command line ends silently
+
+    return Terminal
 
 
 def terminal(**options: Any) -> Console:
     """Return a console of rich for text of others; `options` are those of `rich.console.Console`."""
-    return _Terminal(markup=False, emoji=False, highlight=False, **options)
+    return _kind()(markup=False, emoji=False, highlight=False, **options)
 
 
-OUT = terminal()
-ERR = terminal(stderr=True)
+@cache
+def stdout() -> Console:
+    """Return the console of the standard output."""
+    return terminal()
 
 
-def say(text: object, *, style: str = "", console: Console = OUT) -> None:
-    """Print a line, however long it is."""
-    console.print(Text(printable(text), style), soft_wrap=True)
+@cache
+def stderr() -> Console:
+    """Return the console of the standard error."""
+    return terminal(stderr=True)
 
 
-def note(text: object, *, label: str = "note", style: str = "yellow", console: Console = OUT) -> None:
+def say(text: object, *, style: str = "", console: Console | None = None) -> None:
+    """Print a line, however long it is, on `stdout()` if nothing else is given."""
+    from rich.text import Text
+
+    (console or stdout()).print(Text(printable(text), style), soft_wrap=True)
+
+
+def note(text: object, *, label: str = "note", style: str = "yellow", console: Console | None = None) -> None:
     """Print a line behind a coloured word."""
-    console.print(Text.assemble((label, style), " ", printable(text)), soft_wrap=True)
+    from rich.text import Text
+
+    (console or stdout()).print(Text.assemble((label, style), " ", printable(text)), soft_wrap=True)
 
 
-def show(renderable: RenderableType, *, console: Console = OUT) -> None:
+def show(renderable: RenderableType, *, console: Console | None = None) -> None:
     """Print a table."""
-    console.print(renderable)
+    (console or stdout()).print(renderable)

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from momkd.errors import BackendError, InputError, RankError, SharedError
-from momkd.terminal import ERR, note, say
+from momkd.terminal import note, say, stderr
 
 _UNTIL_RANK_0_HAS_SPOKEN = 30  # seconds; it may have started later
 _LONGEST = 1500  # characters of a line: a path has its place, 5,000 digits do not
@@ -51,7 +51,7 @@ def one_clear_line() -> Iterator[None]:
 def _end(error: BaseException) -> int:
     """Print what ended a command; returns the exit code."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        say("momkd: interrupted", console=ERR)
+        say("momkd: interrupted", console=stderr())
         return 130
     if isinstance(error, BrokenPipeError) and error.filename is None:
         _forget_stdout()
@@ -64,7 +64,7 @@ def _end(error: BaseException) -> int:
     line = _line(error)
     if line is None:
         traceback.print_exception(error, file=sys.stderr)
-        say(BUG, console=ERR)
+        say(BUG, console=stderr())
         return 1
     _say_error(line)
     if isinstance(error, OSError) and error.filename in (None, "standard output"):
@@ -105,7 +105,7 @@ def _end_of_usage(error: Any) -> int:
 
 def _say_error(line: str) -> None:
     short = line if len(line) <= _LONGEST else f"{line[:1000]} ... {line[-400:]}"
-    note(short, label="momkd: error:", style="red", console=ERR)
+    note(short, label="momkd: error:", style="red", console=stderr())
 
 
 def _told(error: BaseException) -> str:

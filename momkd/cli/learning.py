@@ -31,7 +31,7 @@ from momkd.cli.common import (
     say_skipped,
 )
 from momkd.errors import InputError
-from momkd.terminal import OUT, note, printable, say, show
+from momkd.terminal import note, printable, say, show, stdout
 
 
 @app.command()
@@ -76,7 +76,7 @@ def train(
     if config is not None:
         chosen = read_config(config, base=chosen)
     chosen = chosen.with_settings([*(set_ or []), *([] if patients is None else [f"train.patients={patients}"])])
-    reporter = ConsoleReporter(OUT)
+    reporter = ConsoleReporter(stdout())
     with distributed.started(), contextlib.closing(reporter):
         run = train_run(
             features,
@@ -166,7 +166,7 @@ def predict(
     from momkd.runs import Run
 
     notes: list[str] = []
-    with progress_bar(OUT) as bar:
+    with progress_bar(stdout()) as bar:
         task = bar.add_task("predict", total=None)
         table, skipped = predict_run(
             Run(run),
@@ -227,7 +227,7 @@ def explain(
     from momkd.progress import progress_bar
     from momkd.runs import Run
 
-    with progress_bar(OUT) as bar:
+    with progress_bar(stdout()) as bar:
         task = bar.add_task("explain", total=None)
         made = explain_run(
             Run(run),
@@ -337,7 +337,7 @@ def study(
         case_from=case_from,
     )
     say(planned.cohort.note, style="bold")
-    with progress_bar(OUT) as bar:
+    with progress_bar(stdout()) as bar:
         task = bar.add_task("study", total=len(planned.cells()))
 
         def told(name: str, done: int, total: int) -> None:
@@ -361,7 +361,7 @@ def demo(
     """Simulate a cohort, train MoMKD and ABMIL, predict without genomics, compare, and write a report."""
     from momkd.demo import run_demo
 
-    run_demo(out, fast=fast, seed=seed, console=OUT)
+    run_demo(out, fast=fast, seed=seed, console=stdout())
 
 
 def _show_metrics(folder: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import TextColumn
 
 from momkd.cli.common import (
     FOLDS,
@@ -28,7 +27,7 @@ from momkd.cli.common import (
     say_skipped,
 )
 from momkd.errors import InputError
-from momkd.terminal import OUT, note, say
+from momkd.terminal import note, say, stdout
 
 
 @app.command()
@@ -79,7 +78,7 @@ def graph(
     cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours, graphs=out)
     assert cohort.graphs is not None
     edges = 0
-    with progress_bar(OUT) as bar:
+    with progress_bar(stdout()) as bar:
         for slide in bar.track(cohort.paths, description="graph"):
             try:
                 edges += cohort.graphs(slide).num_edges
@@ -104,13 +103,15 @@ def pack(
     skip_bad: SkipBad = False,
 ) -> None:
     """Pack feature files into one store that reads faster, for --features. Interrupted packing goes on."""
+    from rich.progress import TextColumn
+
     from momkd.data.pack import pack
     from momkd.data.pack import verify as find_damage
     from momkd.progress import progress_bar
 
     if verify == (out is not None):
         raise InputError("pack: expected a folder and --out, or a store and --verify; give one of the two")
-    with progress_bar(OUT, TextColumn("{task.fields[told]}", markup=False)) as bar:
+    with progress_bar(stdout(), TextColumn("{task.fields[told]}", markup=False)) as bar:
         task = bar.add_task("verify" if verify else "pack", total=None, told="")
         if out is None:
             checked = 0
@@ -184,7 +185,7 @@ def register_simulate() -> None:
         from momkd.progress import progress_bar
         from momkd.simulate import simulate
 
-        with progress_bar(OUT) as bar:
+        with progress_bar(stdout()) as bar:
             task = bar.add_task("simulate", total=None)
             made = simulate(
                 out,
