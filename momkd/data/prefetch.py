@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, islice
 from typing import TypeVar
 
 import torch
@@ -25,11 +26,17 @@ def ahead(tasks: Iterable[Callable[[], T]], depth: int, name: str) -> Generator[
 
     What a task raises is raised here in its turn. Closing the iterator drops the tasks that have not begun and waits
     for the one that runs: no thread is left. `tasks` is iterated by the consumer's thread, just before each is queued.
+    A single task, of which nothing could be ahead, is run where it is asked for.
     """
+    tasks = iter(tasks)
+    begun = list(islice(tasks, 2))
+    if len(begun) < 2:
+        yield from (task() for task in begun)
+        return
     pool = ThreadPoolExecutor(1, name)
     waiting: deque[Future[T]] = deque()
     try:
-        for task in tasks:
+        for task in chain(begun, tasks):
             waiting.append(pool.submit(task))
             if len(waiting) > depth:
                 yield waiting.popleft().result()

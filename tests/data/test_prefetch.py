@@ -71,6 +71,13 @@ def eventually(true: Callable[[], bool]) -> bool:
 # -- tasks in a thread -------------------------------------------------------------------------------------------------
 
 
+def test_a_task_alone_runs_where_it_is_asked_for() -> None:
+    assert list(ahead(iter([threading.current_thread]), 2, "momkd-test")) == [threading.main_thread()]
+    one, *others = ahead(iter([threading.current_thread] * 3), 2, "momkd-test")
+    assert one.name.startswith("momkd-test") and set(others) == {one}
+    assert list(ahead(iter([]), 2, "momkd-test")) == []
+
+
 def test_results_come_in_order_and_only_so_many_are_made_ahead() -> None:
     done: list[int] = []
     made = ahead((lambda n=n: done.append(n) or n for n in range(6)), 2, "momkd-test")
