@@ -116,6 +116,8 @@ def check(
             )
     wanted = hand.model.state_dict()
     for name, tensor in trainer.model.state_dict().items():
+        if name == "pool.gate.attention_w.bias":  # its gradient is rounding alone: softmax does not see it
+            continue
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     for module, p in rates:
         module.p = p

@@ -74,7 +74,8 @@ def eventually(true: Callable[[], bool]) -> bool:
 def test_a_task_alone_runs_where_it_is_asked_for() -> None:
     assert list(ahead(iter([threading.current_thread]), 2, "momkd-test")) == [threading.main_thread()]
     one, *others = ahead(iter([threading.current_thread] * 3), 2, "momkd-test")
-    assert one.name.startswith("momkd-test") and set(others) == {one}
+    assert one.name.startswith("momkd-test")
+    assert set(others) == {one}
     assert list(ahead(iter([]), 2, "momkd-test")) == []
 
 
