@@ -33,8 +33,9 @@ def _choice(default: str, choices: Sequence[str], help: str) -> Any:
     return field(default=default, metadata={"choices": tuple(choices), "help": help})
 
 
-def _switch(default: bool, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _switch(default: bool | str, help: str, *others: str) -> Any:
+    """True, false or one of some words."""
+    return field(default=default, metadata={"help": help, "others": others})
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class TrainConfig:
     plateau_factor: float = _number(0.2, 1e-3, 0.999, "by which it falls")
     patience: int = _number(15, 1, 100_000, "epochs without a better validation score before training ends")
     balanced: bool = _switch(True, "draw slides so that all classes are equally frequent")
-    amp: bool = _switch(True, "bfloat16 matrix products on a GPU")
+    amp: bool | str = _switch("auto", "bfloat16 matrix products; auto: where they are faster, else float32", "auto")
     cache_gb: float = _number(4.0, 0, 1e6, "of features kept in memory between epochs")
     device_cache_gb: float = _number(0.0, 0, 1e6, "of features kept on the GPU instead, the first slides that fit")
     seed: int = _number(0, 0, 2**32 - 1, "of weights, order and dropout")
@@ -273,7 +274,7 @@ def describe_options() -> list[tuple[str, Any, str, str]]:
         elif "low" in meta:
             allowed = f"{meta['low']:g} to {meta['high']:g}"
         else:
-            allowed = "true or false"
+            allowed = " or ".join([*meta["others"], "true", "false"])
         described.append((key, value, allowed, meta["help"]))
     return described
 
@@ -291,8 +292,9 @@ def _check(key: str, value: Any, meta: Mapping[str, Any], kind: str) -> None:
         if not right_kind or not meta["low"] <= value <= meta["high"]:
             what = "a whole number" if whole else "a number"
             raise InputError(f"{key}: expected {what} from {meta['low']:g} to {meta['high']:g}, got {short(value)}")
-    elif type(value) is not bool:
-        raise InputError(f"{key}: expected true or false, got {short(value)}")
+    elif type(value) is not bool and value not in meta["others"]:
+        expected = " or ".join([*meta["others"], "true", "false"])
+        raise InputError(f"{key}: expected {expected}, got {short(value)}")
 
 
 def _widened(value: Any, section: Any, name: str) -> Any:

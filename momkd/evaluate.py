@@ -145,7 +145,7 @@ def evaluate_external(
     )
     parts = []
     for fold in run.info.folds:
-        read, probs, _ = probabilities(run.load_model(fold, where), loader, where, amp=options.amp)
+        read, probs, _ = probabilities(run.load_model(fold, where), loader, where, amp=run.amp(where))
         with distributed.together():
             if not read:
                 raise none_left(f"{features}: fold {fold}", slides, cohort.skipped)

@@ -36,6 +36,7 @@ from momkd.errors import InputError
 from momkd.evaluate import evaluate_run
 from momkd.inference import device_cache, none_left, pick_device, probabilities
 from momkd.names import check_utf8
+from momkd.precision import choose, multiplier, values_of_step
 from momkd.predictions import (
     check_predictions,
     choose_thresholds,
@@ -220,14 +221,34 @@ def train_run(
             names = {"features": features, "labels": labels, "omics": omics, "splits": splits}
             if inputs.omics is not None and inputs.omics.rules.keep:
                 names["omics_columns"] = ",".join(inputs.omics.rules.keep)
+            amp = _amp(Path(out), config, where, inputs, resume, reporter)
             info = _describe(inputs, chosen, names)
+        amp = all(distributed.gather(amp))
+        info = replace(info, precision="bfloat16" if amp else "float32")
         with _opened(Path(out), config, info, resume, reporter) as run:
+            if amp:
+                by = multiplier(where) or where
+                reporter.note(f"products in bfloat16, by {by}; --set train.amp=false computes them in float32")
             kept = None if inputs.cohort is None else device_cache(config.train, where)  # of all folds: the same slides
             for fold in distributed.share([fold for fold in chosen if not run.finished(fold)]):
-                _train_fold(run, inputs, fold, where, skip_bad, reporter, kept)
+                _train_fold(run, inputs, fold, where, skip_bad, reporter, kept, amp)
             if distributed.first():
                 return _finish(run, inputs)
     return run
+
+
+def _amp(out: Path, config: Config, device: torch.device, inputs: Inputs, resume: bool, reporter: Reporter) -> bool:
+    """Whether to compute in bfloat16: as the run in `out` began, where it goes on, else as `train.amp` says."""
+    if resume and (out / "run.json").is_file():
+        begun = Run(out)
+        if config.train.amp is not True or begun.info.precision != "bfloat16":
+            if begun.info.precision == "bfloat16" and not begun.amp(device):
+                reporter.note(f"{out}: began in bfloat16, which this CPU has no products for; going on in float32")
+            return begun.amp(device)
+    cohort, values = inputs.cohort, 0.0
+    if cohort is not None:
+        values = values_of_step(cohort.sizes.values(), cohort.width, config.train, distributed.size())
+    return choose(config.train.amp, device, values)
 
 
 def _finish(run: Run, inputs: Inputs) -> Run:
@@ -307,6 +328,8 @@ def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
     if not resume:
         raise InputError(f"{out}: expected a new folder, got a run; go on with --resume or choose another --out")
     run = Run(out)
+    if config.train.amp == "auto":  # it goes on as it began, see `_amp`
+        config = replace(config, train=replace(config.train, amp=run.config.train.amp))
     if run.config != config:
         differing = [
             line for line in config.to_toml().splitlines() if line not in set(run.config.to_toml().splitlines())
@@ -333,7 +356,8 @@ def _open_run(out: Path, config: Config, info: RunInfo, resume: bool) -> Run:
     for fold in finished:
         (run.fold(fold) / "state.pt").unlink(missing_ok=True)
     folds, skipped = sorted(finished | set(info.folds)), {**run.info.skipped, **info.skipped}
-    return Run.create(out, config, replace(info, folds=folds, skipped=skipped))
+    precision = run.info.precision if finished >= set(info.folds) else info.precision
+    return Run.create(out, config, replace(info, folds=folds, skipped=skipped, precision=precision))
 
 
 def _just_begun(out: Path, files: list[Path], config: Config, resume: bool) -> bool:
@@ -349,6 +373,7 @@ def _train_fold(
     skip_bad: bool,
     reporter: Reporter,
     kept: DeviceCache | None,
+    amp: bool,
 ) -> None:
     config, folder, split = run.config, run.fold(fold), inputs.splits[fold]
     transform = _shared_genes(inputs, split, config, folder)
@@ -368,12 +393,12 @@ def _train_fold(
     model = build_model(config, width, run.num_classes, None if alone else genes)
     reporter.fold_begins(fold, len(run.info.folds), {part: len(x.slide_ids) for part, x in loaders.items()})
     trainer = Trainer(
-        model, config, loaders["train"], loaders["val"], device=device, folder=folder, report=reporter.progress
+        model, config, loaders["train"], loaders["val"], device=device, folder=folder, report=reporter.progress, amp=amp
     )
     model = trainer.run()
     tables = []
     for part in ("val", "test"):
-        slides, probs, _ = probabilities(model, loaders[part], device, amp=config.train.amp)
+        slides, probs, _ = probabilities(model, loaders[part], device, amp=amp)
         if slides:
             table = prediction_table(inputs.labels.table, slides, probs, run.info.classes, fold=fold, part=part)
             tables.append(table)

@@ -23,14 +23,10 @@ from momkd.device import pick_device as pick_device
 from momkd.errors import InputError
 from momkd.models import MILModel, MoMKD, Prediction, SlideInBlocks
 from momkd.models.momkd import Projections
+from momkd.precision import autocast
 from momkd.runs import Run
 
 LARGE = 1e4  # features above that come from no encoder
-
-
-def autocast(device: torch.device, on: bool) -> torch.autocast:
-    """bfloat16 matrix products on a GPU where `on`; the CPU always computes in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on and device.type == "cuda")
 
 
 def open_slides(
@@ -130,7 +126,7 @@ def see(
     Args:
         models: in evaluation mode, on `device`.
         loader, plan, only: see `BagLoader.batches`.
-        amp: see `autocast`.
+        amp: compute matrix products in bfloat16.
         doing: what is done with the slides, for messages.
         projected: also give projections, of models that have a memory.
 
@@ -235,7 +231,7 @@ def none_left(what: str, slides: Sequence[str], skipped: Mapping[str, str]) -> I
 
 
 def probabilities(
-    model: MILModel, loader: BagLoader, device: torch.device, *, amp: bool = True
+    model: MILModel, loader: BagLoader, device: torch.device, *, amp: bool = False
 ) -> tuple[list[str], NDArray[np.float64], NDArray[np.int64]]:
     """Slide ids (n), class probabilities (n, C) and labels (n,) of every slide of the loader that can be used.
 

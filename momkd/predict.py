@@ -105,7 +105,7 @@ def predict_run(
         check_replaced(files, holds("attention"), what, remedy="choose another folder")
     slides: list[str] = []
     probs: list[Floats] = []
-    with closing(see(models, loader, loader.once(), where, amp=run.config.train.amp)) as batches:
+    with closing(see(models, loader, loader.once(), where, amp=run.amp(where))) as batches:
         for seen in batches:
             mean = torch.stack([torch.softmax(p.logits.double(), 1) for p in seen.each]).mean(0)
             slides += [seen.slide_ids[bag] for bag in seen.good]

@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ from momkd.errors import InputError
 from momkd.models import ABMIL, BatchDistillation, MILModel, MoMKD, OmicsClassifier
 from momkd.names import check_utf8
 from momkd.nn import MemoryBank
+from momkd.precision import multiplier
 from momkd.predictions import read_predictions
 
 METRICS = "metrics.json"
@@ -118,6 +119,7 @@ class RunInfo:
     versions: dict[str, str]
     skipped: dict[str, str]
     digests: dict[str, str] = field(default_factory=dict)  # of what they held, see `momkd.data.digests`
+    precision: Literal["", "float32", "bfloat16"] = ""  # of products in training; "" in runs that don't say
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):
@@ -176,6 +178,12 @@ class Run:
     @property
     def num_classes(self) -> int:
         return len(self.info.classes)
+
+    def amp(self, device: torch.device) -> bool:
+        """Whether the models compute in bfloat16 on a device: as they were trained, where it has 16-bit products."""
+        if not self.info.precision:  # such runs took bfloat16 on GPUs alone
+            return bool(self.config.train.amp) and device.type == "cuda"
+        return self.info.precision == "bfloat16" and (device.type == "cuda" or bool(multiplier(device)))
 
     def fold(self, number: int) -> Path:
         return self.folder / f"fold_{number}"

@@ -35,9 +35,10 @@ from momkd.data.atomic import write_csv
 from momkd.data.batch import Batch
 from momkd.data.batches import BagLoader
 from momkd.errors import InputError
-from momkd.inference import LARGE, autocast, own_batches, probabilities
+from momkd.inference import LARGE, own_batches, probabilities
 from momkd.models import MemoryRows, MILModel, TrainingStep
 from momkd.models.reservoir import Reservoir
+from momkd.precision import autocast, choose, values_of_step
 from momkd.runs import save_model, write_torch
 from momkd.state import load_state
 from momkd.ties import tied
@@ -89,6 +90,7 @@ class Trainer:
         device: where to compute.
         folder: where model, log and state are written each epoch (by rank 0), and where `run` goes on from; or None.
         report: called a few times a second.
+        amp: compute matrix products in bfloat16; None asks `momkd.precision.choose` what `train.amp` means here.
     """
 
     def __init__(
@@ -101,11 +103,15 @@ class Trainer:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
         report: Callable[[Progress], None] | None = None,
+        amp: bool | None = None,
     ) -> None:
         self.device, self.folder, self.report = torch.device(device), folder, report
         self.model, self.config, self.options = model.to(self.device), config, config.train
         self.training, self.validation = training, validation
         self.ranks, self.losses = distributed.size(), _Losses(self.model)
+        sizes = (training.sizes[slide] for slide in training.slide_ids)
+        values = values_of_step(sizes, model.in_features, self.options, self.ranks)
+        self.amp = choose(self.options.amp, self.device, values) if amp is None else amp
         self.parallel: nn.Module = self.losses
         if self.ranks > 1:  # buffers are kept equal by what is done to them here
             known = inspect.signature(DistributedDataParallel).parameters
@@ -193,7 +199,7 @@ class Trainer:
         moving = len(taken) + 1 == options.accumulate or last
         room = memory_for(batch.slide_ids, batch.bags.num_rows, "train on", TRAINING, self.device)
         with room, contextlib.nullcontext() if moving or self.ranks == 1 else self.parallel.no_sync():  # type: ignore[operator]
-            with autocast(self.device, options.amp):
+            with autocast(self.device, self.amp):
                 made = self.parallel(batch)
             terms, told = self._over_ranks(made)
             roots = {name: term for name, term in terms.items() if term.requires_grad}
@@ -327,7 +333,7 @@ class Trainer:
             plan, mine = own_batches(self.training)
             with contextlib.closing(self.training.batches(plan, seed=drawn, only=mine, device=self.device)) as batches:
                 for batch in batches:
-                    with autocast(self.device, self.options.amp):
+                    with autocast(self.device, self.amp):
                         rows = self.losses(batch).memory_rows
                     if rows is not None:
                         reservoir.add(rows, torch.Generator().manual_seed(_mixed(seed, batch.number)))
@@ -343,7 +349,7 @@ class Trainer:
         undefined = {"val_loss": float("nan"), "val_auc": float("nan")}
         if self.validation is None or len(self.validation.slide_ids) == 0:
             return undefined
-        _, probs, labels = probabilities(self.model, self.validation, self.device, amp=self.options.amp)
+        _, probs, labels = probabilities(self.model, self.validation, self.device, amp=self.amp)
         probs, labels = probs[labels >= 0], labels[labels >= 0]
         if len(labels) == 0:
             return undefined

@@ -25,6 +25,7 @@ ASSEMBLED = {"models", "compat"}
 USERS = {
     *("train", "evaluate", "predict", "explain", "simulate", "demo", "report", "page", "study"),
     *("convert", "experiment", "inference", "progress", "runs", "state", "doctor", "distributed", "terminal", "device"),
+    "precision",
 }
 LIBRARY = GROUND | BACKENDS | {"env", "budget", "dispatch", "ops", "functional", "nn"} | ASSEMBLED
 

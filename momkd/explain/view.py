@@ -110,7 +110,7 @@ class View:
             self.loader,
             plan,
             self.device,
-            amp=self.run.config.train.amp,
+            amp=self.run.amp(self.device),
             threshold=threshold_of(self.run, [self.fold]),
             prototypes=self.prototypes,
             most=most,

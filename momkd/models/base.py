@@ -103,6 +103,7 @@ class MILModel(nn.Module):
 
     memory: MemoryBank | None
     classifier: nn.Module  # pooled vectors (B, H, D) -> logits (B, C)
+    in_features: int = 0  # L, width of the rows of its bags
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,13 +137,15 @@ def make_encoder(kind: str, in_features: int, hidden_features: int, **graph: Any
 
 
 def encode(encoder: nn.Module, bags: Bags, in_features: int, like: Tensor) -> Bags:
-    """The bags after the patch encoder; features of any float type are computed in that of the parameters."""
+    """The bags after the patch encoder, in the float type of the parameters or, under autocast, in 16 bits."""
     if bags.features.shape[1] != in_features:
         raise ValueError(
             f"bags: expected features of width {in_features}, got {bags.features.shape[1]}; a model takes the features "
             "of the encoder it was trained with"
         )
-    x = bags.features.to(like.dtype)
+    kind = bags.features.device.type
+    half = like.dtype == torch.float32 and under_autocast(kind)
+    x = bags.features.to(torch.get_autocast_dtype(kind) if half else like.dtype)  # once, whatever reads it
     if not isinstance(encoder, GraphEncoder):
         return bags.with_features(encoder(x))
     if bags.edges is None:
@@ -151,6 +154,22 @@ def encode(encoder: nn.Module, bags: Bags, in_features: int, like: Tensor) -> Ba
             ".batch([momkd.graph.knn(coords), ...]))"
         )
     return bags.with_features(encoder(x, bags.edges))
+
+
+def under_autocast(kind: str) -> bool:
+    """Whether products of tensors on a kind of device are computed in 16 bits at this moment."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # of a meta device torch can't be asked
+
+
+def wide(module: nn.Module, x: Tensor) -> Any:
+    """The module's result in the type of its parameters, under autocast too: for the few rows of slides and profiles.
+
+    16 bits of a logit make slides equal that are not, and casting the weights takes longer than the product.
+    """
+    if not under_autocast(x.device.type):
+        return module(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.to(next(module.parameters()).dtype))
 
 
 class SlideClassifier(nn.Module):
@@ -172,7 +191,7 @@ class SlideClassifier(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled (B, 1, D) or (B, C, D) -> logits (B, C)."""
-        logits: Tensor = self.layers(pooled)  # (B, H, C)
+        logits: Tensor = wide(self.layers, pooled)  # (B, H, C)
         return logits[:, 0] if pooled.shape[1] == 1 else logits.diagonal(dim1=1, dim2=2)
 
 

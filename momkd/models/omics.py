@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from momkd.bags import Bags
-from momkd.models.base import MILModel, Prediction, TrainingStep, classification_loss, reconstruction_loss
+from momkd.models.base import MILModel, Prediction, TrainingStep, classification_loss, reconstruction_loss, wide
 from momkd.nn import OmicsDecoder, OmicsEncoder
 
 
@@ -40,9 +40,9 @@ class OmicsTower(nn.Module):
 
     def forward(self, profile: Tensor) -> tuple[Tensor, Tensor]:
         """profile (B, G) -> unit projection (B, S), reconstruction (B, G)."""
-        embedding = self.encoder(profile)
-        projection = nn.functional.normalize(self.projector(embedding).float(), dim=1, eps=1e-12)
-        return projection, self.decoder(embedding)
+        embedding = wide(self.encoder, profile)
+        projection = nn.functional.normalize(wide(self.projector, embedding).float(), dim=1, eps=1e-12)
+        return projection, wide(self.decoder, embedding)
 
 
 class OmicsClassifier(MILModel):
@@ -73,6 +73,7 @@ class OmicsClassifier(MILModel):
     ) -> None:
         super().__init__()
         mirrored = hidden_features if decoder_features is None else decoder_features
+        self.in_features = omics_features
         self.encoder = OmicsEncoder(omics_features, features, hidden_features=hidden_features, dropout=dropout)
         self.decoder = OmicsDecoder(features, omics_features, hidden_features=mirrored, dropout=dropout)
         self.classifier = nn.Sequential(nn.LayerNorm(features), nn.Dropout(dropout), nn.Linear(features, num_classes))
@@ -81,17 +82,17 @@ class OmicsClassifier(MILModel):
         self, bags: Bags, labels: Tensor, omics: Tensor | None = None, has_omics: Tensor | None = None
     ) -> TrainingStep:
         profile = _profiles(bags)
-        embedding = self.encoder(profile)
-        logits = self.classifier(embedding)
+        embedding = wide(self.encoder, profile)
+        logits = wide(self.classifier, embedding)
         present = torch.ones_like(labels, dtype=torch.bool)
         terms = {
             "classification": [classification_loss(logits, labels)],
-            "reconstruction": [reconstruction_loss(self.decoder(embedding), profile, present)],
+            "reconstruction": [reconstruction_loss(wide(self.decoder, embedding), profile, present)],
         }
         return TrainingStep(terms, logits)
 
     def forward(self, bags: Bags) -> Prediction:
-        logits = self.classifier(self.encoder(_profiles(bags)))
+        logits = wide(self.classifier, wide(self.encoder, _profiles(bags)))
         return Prediction(logits, torch.ones_like(logits[:, :1]))
 
 

@@ -56,7 +56,7 @@ def attention_table(
         wanted = [slide for slide in name_of if slide in known_slides]
         model = run.load_model(fold, where)
         plan = [[place[slide]] for slide in wanted]
-        with closing(see([model], loader, plan, where, amp=run.config.train.amp)) as batches:
+        with closing(see([model], loader, plan, where, amp=run.amp(where))) as batches:
             for seen in batches:
                 (slide,), (prediction,) = seen.slide_ids, seen.each
                 attention = prediction.attention[:, -1].float().cpu().numpy()

@@ -1,0 +1,69 @@
+"""Whether matrix products are computed in bfloat16: the one meaning of `train.amp`.
+
+bfloat16 halves what a product reads, and a processor with instructions for it multiplies many times faster. Weights,
+the memory, losses, softmax, the classifier and the genomics stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from momkd.config import TrainConfig
+from momkd.errors import InputError
+
+# Values (patches × their width) of a step from which on bfloat16 is the faster on a CPU: below, casting costs more than
+# the products save. Measured by benchmarks/bench_precision.py.
+ENOUGH = 1_000_000
+
+
+def multiplier(device: torch.device) -> str:
+    """Return what multiplies bfloat16 on a device faster than float32, such as "AMX"; "" where nothing does."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.get_device_name() if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+    for name, feature in (("AMX", "_is_amx_tile_supported"), ("AVX-512-BF16", "_is_avx512_bf16_supported")):
+        if device.type == "cpu" and getattr(torch.cpu, feature, bool)():
+            return name
+    return ""
+
+
+def choose(amp: bool | str, device: torch.device, values: float) -> bool:
+    """Return whether to train in bfloat16 on a device.
+
+    Args:
+        amp: `train.amp`: true, false, or "auto", which is true where that is faster.
+        device: where to train.
+        values: patches × their width that a step holds, see `values_of_step`.
+
+    Raises:
+        InputError: true on a CPU that multiplies no bfloat16.
+    """
+    if amp == "auto":
+        return bool(multiplier(device)) and (device.type != "cpu" or values >= ENOUGH)
+    if amp and device.type == "cpu" and not multiplier(device):
+        raise InputError(
+            "train.amp: expected a GPU, or a CPU with AMX or AVX-512-BF16, for true, got a CPU without 16-bit products;"
+            " set train.amp=auto, which computes in float32 here"
+        )
+    return bool(amp)
+
+
+def values_of_step(sizes: Iterable[int], width: int, options: TrainConfig, ranks: int = 1) -> float:
+    """Return about how many values (patches × their width) each of the ranks sees in a step.
+
+    Args:
+        sizes: patches of the slides.
+        width: L, of a patch.
+    """
+    each = [min(size, options.max_patches) if options.max_patches else size for size in sizes]
+    if not each:
+        return 0.0
+    mean = sum(each) / len(each)
+    return max(mean, min(mean * options.slides_per_step, options.patch_budget)) * width / ranks
+
+
+def autocast(device: torch.device, on: bool) -> torch.autocast:
+    """Return the block that computes matrix products in bfloat16 where `on`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
