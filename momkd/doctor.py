@@ -16,6 +16,7 @@ from typing import IO, Any
 import momkd
 from momkd import env
 from momkd.errors import BackendError
+from momkd.precision import multiplier
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Report:
         devices: one line a GPU, or one line why there is none.
         extensions: "momkd._C" and "momkd._cuda": `built`, `reason`, and what the build says of itself.
         threads: that the CPU kernels use.
+        bfloat16: what the CPU has for bfloat16 products, which `train.amp` takes; "" where it has nothing.
         override: MOMKD_BACKEND, or None.
         backends: every op with every backend.
         defaults: the backend that each op takes where the tensors allow it, or why none.
@@ -46,6 +48,7 @@ class Report:
     devices: tuple[str, ...]
     extensions: Mapping[str, Mapping[str, Any]]
     threads: int
+    bfloat16: str
     override: str | None
     backends: tuple[BackendState, ...]
     defaults: Mapping[str, str]
@@ -91,6 +94,7 @@ def doctor(file: IO[str] | None = None, *, show: bool = True) -> Report:
         devices=_devices(),
         extensions={"momkd._C": _cpu_extension(), "momkd._cuda": _cuda_extension()},
         threads=torch.get_num_threads(),
+        bfloat16=multiplier(torch.device("cpu")),
         override=env.backend_override(),
         backends=tuple(
             BackendState(op, backend, *dispatch.can_run(op, backend))
@@ -203,6 +207,7 @@ def _print(report: Report, file: IO[str] | None) -> None:
         told = [f"{key} {_shown(value)}" for key, value in info.items() if key not in ("built", "reason", "version")]
         facts.add_row(name, Text(", ".join([info["reason"], *told])))
     facts.add_row("threads", str(report.threads))
+    facts.add_row("bfloat16 on CPU", report.bfloat16 or "no products in 16 bits: train.amp=auto computes in float32")
     facts.add_row("MOMKD_BACKEND", Text(report.override or "not set"))
 
     ops = Table(title="Backends, best first", title_justify="left", header_style="bold")

@@ -7,11 +7,14 @@ the memory, losses, softmax, the classifier and the genomics stay float32.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from momkd.config import TrainConfig
 from momkd.errors import InputError
+
+if TYPE_CHECKING:
+    from momkd.config import TrainConfig
 
 # Values (patches × their width) of a step from which on bfloat16 is the faster on a CPU: below, casting costs more than
 # the products save. Measured by benchmarks/bench_precision.py.
