@@ -23,11 +23,13 @@ constexpr double kEps = 1e-12;
 constexpr double kCancelled = 1e-5;
 constexpr int64_t kWorkspace = int64_t{64} << 20;  // bytes of partial sums, at most
 
+constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
 // The slots of each class as unit columns, in the order of the kernels: (C, S, padded K), with a bias row
 // (padded K) that rules out the padding.
 struct Bank {
   Bank(const float *memory, int64_t c, int64_t k, int64_t s, int width)
-      : s(s), padded_k((k + kLanes - 1) / kLanes * kLanes), columns(c * s * padded_k), bias(padded_k) {
+      : s(s), padded_k(padded(k)), columns(c * s * padded_k), bias(padded_k) {
     const int64_t vectors = padded_k / width;
     const auto place = [&](int64_t slot) { return slot % vectors * width + slot / vectors; };
     for (int64_t slot = 0; slot < padded_k; ++slot)
@@ -54,7 +56,7 @@ struct Chunks {
   Chunks(int64_t n, int64_t c, int64_t k, int64_t s) {
     const int64_t enough_work = (int64_t{1} << 21) / std::max<int64_t>(s * std::max<int64_t>(k, kLanes), 1);
     int64_t least = std::max<int64_t>(std::min<int64_t>(std::max<int64_t>(enough_work, 64), 4096), 8 * c * k);
-    const int64_t most_chunks = std::max<int64_t>(kWorkspace / (c * k * (s * 4 + 8)), 1);
+    const int64_t most_chunks = std::max<int64_t>(kWorkspace / (c * k * (padded(s) * 4 + 8)), 1);
     least = std::max(least, (n + most_chunks - 1) / most_chunks);
     rows = least;
     count = (n + rows - 1) / rows;
@@ -64,20 +66,17 @@ struct Chunks {
 
 // What one thread needs to walk a chunk: the rows that wait, by class, until a block of them is full.
 struct Walker {
-  Walker(int64_t c, int64_t s, bool widen)
-      : rows(static_cast<size_t>(c * kBlockRows)),
-        which(static_cast<size_t>(c * kBlockRows)),
+  Walker(int64_t c, int64_t s)
+      : which(static_cast<size_t>(c * kBlockRows)),
         filled(static_cast<size_t>(c)),
-        wide(static_cast<size_t>(widen ? 2 * kBlockRows * s : 0)),
-        scaled(static_cast<size_t>(s)) {}
-  std::vector<const void *> rows;  // (C, kBlockRows)
-  std::vector<int64_t> which;      // (C, kBlockRows), their numbers
-  std::vector<int> filled;         // (C,)
-  std::vector<float> wide;         // (2, kBlockRows, S): a block as float32, and the one before
-  std::vector<float> scaled;       // (S,): a row whose squared length leaves float32
-  EmaAdditions additions;          // of the block before
-  int64_t blocks = 0;
-  int64_t ahead = 0;  // the first row not yet asked for
+        row(static_cast<size_t>(s)),
+        block(kBlockRows * padded(s)),
+        spare(kBlockRows * padded(s)) {}
+  std::vector<int64_t> which;   // (C, kBlockRows), their numbers
+  std::vector<int> filled;      // (C,)
+  std::vector<float> row;       // (S,): one whose squared length leaves float32
+  Buffer<float> block, spare;   // of the kernels
+  const char *ahead = nullptr;  // the first row not yet asked for
 };
 
 class Accumulation {
@@ -86,28 +85,23 @@ class Accumulation {
                int32_t *assignments)
       : rows_(rows), bank_(bank), kernels_(kernels), c_(c), k_(k), assignments_(assignments) {}
 
-  // Rows [first, last) into sums (C, K, S) and mass (C, K), which start at zero here.
+  // Rows [first, last) into sums (C, K, padded S) and mass (C, K), which start at zero here.
   void chunk(int64_t first, int64_t last, Walker &walker, float *sums, double *mass) const {
-    std::fill_n(sums, c_ * k_ * rows_.s, 0.0f);
+    std::fill_n(sums, c_ * k_ * padded_s_, 0.0f);
     std::fill_n(mass, c_ * k_, 0.0);
     std::fill(walker.filled.begin(), walker.filled.end(), 0);
-    walker.ahead = first;
-    walker.additions.count = 0;
-    const int64_t *row_class = rows_.row_class, classes = c_, stride = rows_.row_stride * item_;
-    const void **waiting = walker.rows.data();
+    walker.ahead = at(first) + kAheadBytes;
+    const int64_t *row_class = rows_.row_class, classes = c_;
     int64_t *which = walker.which.data();
     int *filled = walker.filled.data();
-    const char *row = static_cast<const char *>(rows_.z) + first * stride;
-    for (int64_t i = first; i < last; ++i, row += stride) {
+    for (int64_t i = first; i < last; ++i) {
       const int64_t label = row_class[i];
       if (label < 0 || label >= classes) {
         assignments_[i] = -1;
         continue;
       }
       const int count = filled[label]++;
-      const int64_t at = label * kBlockRows + count;
-      waiting[at] = row;
-      which[at] = i;
+      which[label * kBlockRows + count] = i;
       if (count == kBlockRows - 1) {
         block(label, kBlockRows, i, walker, sums, mass);
         filled[label] = 0;
@@ -115,69 +109,47 @@ class Accumulation {
     }
     for (int64_t label = 0; label < classes; ++label)
       if (filled[label]) block(label, filled[label], last, walker, sums, mass);
-    kernels_.add(walker.additions, rows_.s);
   }
 
  private:
-  // The rows that wait for class `label`; `now` is the row that the walker has come to. They are added during
-  // the next block.
-  void block(int64_t label, int count, int64_t now, Walker &walker, float *sums, double *mass) const {
-    const int64_t *which = walker.which.data() + label * kBlockRows, s = rows_.s;
-    const void *const *from = walker.rows.data() + label * kBlockRows;
-    const float *row_at[kBlockRows];
-    if (rows_.type == RowType::float32) {
-      for (int i = 0; i < count; ++i) row_at[i] = static_cast<const float *>(from[i]);
-    } else {
-      const auto widen = rows_.type == RowType::float16 ? kernels_.widen_float16 : kernels_.widen_bfloat16;
-      float *wide = walker.wide.data() + (walker.blocks++ & 1) * kBlockRows * s;
-      for (int i = 0; i < count; ++i, wide += s) {
-        widen(static_cast<const uint16_t *>(from[i]), s, wide);
-        row_at[i] = wide;
-      }
-    }
-    for (int i = count; i < kBlockRows; ++i) row_at[i] = row_at[0];
+  const char *at(int64_t row) const { return static_cast<const char *>(rows_.z) + row * stride_; }
 
+  // The rows that wait for class `label`; `now` is the row that the walker has come to.
+  void block(int64_t label, int count, int64_t now, Walker &walker, float *sums, double *mass) const {
+    int64_t *which = walker.which.data() + label * kBlockRows;
+    for (int i = count; i < kBlockRows; ++i) which[i] = which[0];
     // Rows wait for others of their class, so the processor sees no simple stream: say what comes.
-    walker.ahead = std::max(walker.ahead, now + ahead_);
-    const int64_t stride = rows_.row_stride * item_;
-    const bool more = walker.ahead + kBlockRows <= rows_.n;
-    const char *ahead = more ? static_cast<const char *>(rows_.z) + walker.ahead * stride : nullptr;
-    walker.ahead += kBlockRows;
+    walker.ahead = std::max(walker.ahead, at(now) + kAheadBytes);
+    const EmaBlock rows = {at(0), rows_.type, stride_, which, walker.ahead};
+    walker.ahead += kBlockRows * rows_.s * item_size(rows_.type);
 
     int32_t slot[kBlockRows];
-    float inverse[kBlockRows];  // of the length
-    EmaAdditions &additions = walker.additions;
-    kernels_.nearest(row_at, s, bank_.of(label), bank_.bias.get(), bank_.padded_k, &additions, ahead, stride,
-                     s * item_, slot, inverse);
-
-    int32_t *const assignments = assignments_;
-    const float *const weights = rows_.weights;
-    const bool normalize = rows_.normalize;
-    float *const bank_sums = sums + label * k_ * s;
-    double *const bank_mass = mass + label * k_;
-    int adding = 0;
-    for (int i = 0; i < count; ++i) {
-      if (inverse[i] == 0) careful(row_at[i], label, walker.scaled.data(), slot[i], inverse[i]);
-      assignments[which[i]] = slot[i];
-      float weight = 1;
-      if (weights) {
-        weight = weights[which[i]];
-        if (!(weight > 0 && weight <= std::numeric_limits<float>::max())) continue;
+    float scale[kBlockRows], weight[kBlockRows];  // scale: 1 / length, then what the row is added with
+    const bool fine = kernels_.nearest(rows, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k,
+                                       walker.block.get(), slot, scale);
+    if (!fine)
+      for (int i = 0; i < count; ++i)
+        if (scale[i] == 0) careful(i, label, walker, slot[i], scale[i]);
+    for (int i = 0; i < count; ++i) assignments_[which[i]] = slot[i];
+    if (!rows_.normalize) std::fill_n(scale, kBlockRows, 1.0f);
+    std::fill_n(weight, kBlockRows, 1.0f);
+    if (rows_.weights)
+      for (int i = 0; i < count; ++i) {
+        weight[i] = rows_.weights[which[i]];
+        if (!(weight[i] > 0 && weight[i] <= std::numeric_limits<float>::max())) slot[i] = -1;
+        scale[i] *= weight[i];
       }
-      if (slot[i] < 0) continue;
-      bank_mass[slot[i]] += weight;
-      additions.row[adding] = row_at[i];
-      additions.scale[adding] = normalize ? weight * inverse[i] : weight;
-      additions.target[adding++] = bank_sums + slot[i] * s;
-    }
-    additions.count = adding;
+    kernels_.add(walker.block.get(), padded_s_, count, slot, weight, scale, sums + label * k_ * padded_s_,
+                 mass + label * k_);
   }
 
-  // The slot of a row that is zero, tiny, huge or not finite (−1), and 1 / max(length, 1e-12), through the
-  // row scaled to size 1.
-  void careful(const float *row, int64_t label, float *scaled, int32_t &slot, float &inverse) const {
-    float largest = 0;
+  // The slot of row i of the block that is zero, tiny, huge or not finite (−1), and 1 / max(length, 1e-12),
+  // through the row scaled to size 1.
+  void careful(int i, int64_t label, Walker &walker, int32_t &slot, float &inverse) const {
+    const int64_t width = kernels_.width;
+    float *row = walker.row.data(), largest = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
+      row[j] = walker.block[(j / width * kBlockRows + i) * width + j % width];
       if (!std::isfinite(row[j])) {
         slot = -1;
         return;
@@ -186,16 +158,16 @@ class Accumulation {
     }
     double squared = 0;
     for (int64_t j = 0; j < rows_.s; ++j) {
-      scaled[j] = largest > 0 ? static_cast<float>(static_cast<double>(row[j]) / largest) : 0.0f;
-      squared += static_cast<double>(scaled[j]) * scaled[j];
+      row[j] = largest > 0 ? static_cast<float>(static_cast<double>(row[j]) / largest) : 0.0f;
+      squared += static_cast<double>(row[j]) * row[j];
     }
     inverse = static_cast<float>(1 / std::max(std::sqrt(squared) * largest, kEps));
-    const float *block[kBlockRows];
+    const int64_t first[kBlockRows] = {};
     int32_t slots[kBlockRows];
     float unused[kBlockRows];
-    std::fill_n(block, kBlockRows, scaled);
-    kernels_.nearest(block, rows_.s, bank_.of(label), bank_.bias.get(), bank_.padded_k, nullptr, nullptr, 0,
-                     0, slots, unused);
+    const auto *z = reinterpret_cast<const char *>(row);
+    kernels_.nearest({z, RowType::float32, 0, first, z}, rows_.s, bank_.of(label), bank_.bias.get(),
+                     bank_.padded_k, walker.spare.get(), slots, unused);
     slot = slots[0];
   }
 
@@ -204,8 +176,7 @@ class Accumulation {
   const EmaRowKernels &kernels_;
   const int64_t c_, k_;
   int32_t *assignments_;
-  const int64_t item_ = item_size(rows_.type);
-  const int64_t ahead_ = std::max<int64_t>(kAheadBytes / (rows_.s * item_), kBlockRows);
+  const int64_t padded_s_ = padded(rows_.s), stride_ = rows_.row_stride * item_size(rows_.type);
 };
 
 }  // namespace
@@ -224,8 +195,8 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
   const Accumulation accumulation(rows, bank, kernels, c, k, assignments);
   const int workers = static_cast<int>(std::min<int64_t>(std::max(threads, 1), chunks.count));
   std::vector<Walker> walkers;  // made here: nothing may throw inside the parallel region
-  for (int i = 0; i < workers; ++i) walkers.emplace_back(c, s, rows.type != RowType::float32);
-  const Buffer<float> partial_sums(chunks.count * slots * s);
+  for (int i = 0; i < workers; ++i) walkers.emplace_back(c, s);
+  const Buffer<float> partial_sums(chunks.count * slots * padded(s));
   const std::unique_ptr<double[]> partial_mass(new double[static_cast<size_t>(chunks.count * slots)]);
 
 #pragma omp parallel num_threads(workers) if (workers > 1)
@@ -238,7 +209,7 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < chunks.count; ++i)
       accumulation.chunk(i * chunks.rows, std::min((i + 1) * chunks.rows, rows.n), walker,
-                         partial_sums.get() + i * slots * s, partial_mass.get() + i * slots);
+                         partial_sums.get() + i * slots * padded(s), partial_mass.get() + i * slots);
 
     // The partial sums of each slot in the order of the chunks.
 #pragma omp for schedule(static) nowait
@@ -250,7 +221,7 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
         const int64_t width = std::min<int64_t>(64, s - first);
         double column[64] = {};
         for (int64_t i = 0; i < chunks.count; ++i) {
-          const float *from = partial_sums.get() + (i * slots + slot) * s + first;
+          const float *from = partial_sums.get() + (i * slots + slot) * padded(s) + first;
           for (int64_t j = 0; j < width; ++j) column[j] += from[j];
         }
         for (int64_t j = 0; j < width; ++j) sums[slot * s + first + j] = static_cast<float>(column[j]);

@@ -10,18 +10,20 @@
 namespace momkd {
 namespace {
 
-// Sums of kTile rows by kGroup vectors of slots, in kSplit parts each, fill the register file: enough of them
-// that no sum waits for its last addition.
+// Sums of kTile rows by kGroup vectors of slots fill the register file: enough of them that no sum waits for
+// its last addition.
 #if defined(__AVX512F__)
-constexpr int kTile = 8, kGroup = 1, kSplit = 2;
+constexpr int kTile = 16, kGroup = 1;
 #else
-constexpr int kTile = 4, kGroup = 2, kSplit = 1;
+constexpr int kTile = 4, kGroup = 2;
 #endif
 static_assert(kLanes % (kWidth * kGroup) == 0, "the padded bank holds whole groups");
 static_assert(kBlockRows % kTile == 0 && kBlockRows % kWidth == 0, "a block holds whole tiles and vectors");
 
 // Squared lengths in this range are right in float32: nothing overflowed or fell among the subnormal numbers.
 constexpr float kSmallest = 1e-20f, kLargest = 1e30f;
+
+typedef int32_t LooseIntVec __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
 // In each lane the best slot so far: of equal ones the lower, where slots come in rising order.
 struct Best {
@@ -68,116 +70,109 @@ inline V fold_each(const V *v, Fold fold) {
     return fold_each<2 * kBit>(folded, fold);
 }
 
-// What is left of a row after its whole vectors: apart, as it would grow to many branches in the loops over
-// rows.
-__attribute__((noinline)) void add_rest(const float *row, float scale, int64_t j, int64_t s, float *out) {
-  for (; j < s; ++j) out[j] += scale * row[j];
-}
-
-__attribute__((noinline)) float squares_of_rest(const float *row, int64_t j, int64_t s) {
-  float sum = 0;
-  for (; j < s; ++j) sum += row[j] * row[j];
-  return sum;
-}
-
-inline void add_row(const EmaAdditions &additions, int i, int64_t s) {
-  const float *row = additions.row[i], scale = additions.scale[i];
-  float *out = additions.target[i];
-  int64_t j = 0;
-#pragma GCC unroll 1
-  for (; j + kWidth <= s; j += kWidth)
-    Float32::store(out + j, Float32::load(out + j) + scale * Float32::load(row + j));
-  if (j < s) add_rest(row, scale, j, s, out);
-}
-
-void add(const EmaAdditions &additions, int64_t s) {
-  for (int i = 0; i < additions.count; ++i) add_row(additions, i, s);
-}
-
-// The squares of a row, summed lane by lane.
-inline Vec squares(const float *row, int64_t s) {
-  Vec total = {};
-  int64_t j = 0;
-#pragma GCC unroll 1
-  for (; j + kWidth <= s; j += kWidth) {
-    const Vec a = Float32::load(row + j);
-    total += a * a;
-  }
-  if (j < s) total[0] += squares_of_rest(row, j, s);
-  return total;
-}
-
-// kTile rows against kGroup · kWidth slots, of which `lane_slots` are in the first vector.
-template <bool kFirst>
-inline void compare(const float *const *rows, int64_t s, const float *column, const float *bias,
-                    int64_t padded_k, IntVec lane_slots, Best *best) {
-  Vec dot[kTile][kGroup][kSplit] = {};
-  for (int i = 0; i < kTile; ++i)
-    for (int g = 0; g < kGroup; ++g) dot[i][g][0] = *reinterpret_cast<const Vec *>(bias + g * kWidth);
-  const auto add_column = [&](int64_t j, int part) {
-    for (int i = 0; i < kTile; ++i)
-      for (int g = 0; g < kGroup; ++g)
-        dot[i][g][part] += rows[i][j] * *reinterpret_cast<const Vec *>(column + g * kWidth);
-    column += padded_k;
+// One row into its place in a block; returns its squares, summed lane by lane.
+template <typename Type>
+inline Vec pack(const void *row, int64_t s, float *out) {
+  const auto *from = static_cast<const typename Type::stored *>(row);
+  Vec squares = {};
+  const auto place = [&](Vec v) {
+    *reinterpret_cast<Vec *>(out) = v;
+    out += kBlockRows * kWidth;
+    squares += v * v;
   };
   int64_t j = 0;
-  for (; j + kSplit <= s; j += kSplit)
-    for (int part = 0; part < kSplit; ++part) add_column(j + part, part);
-  for (; j < s; ++j) add_column(j, 0);
-  for (int i = 0; i < kTile; ++i) {
-    if (kFirst) best[i] = {Vec{} - __builtin_inff(), lane_slots};
-    for (int g = 0; g < kGroup; ++g) {
-      for (int part = 1; part < kSplit; ++part) dot[i][g][0] += dot[i][g][part];
-      best[i] = better(best[i], {dot[i][g][0], lane_slots + g});
-    }
+  for (; j + kWidth <= s; j += kWidth) place(Type::load(from + j));
+  if (j < s) {
+    place(load_part<Type>(from + j, s - j));
+    j += kWidth;
   }
-}
-
-void nearest(const float *const *rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
-             const EmaAdditions *additions, const char *ahead, int64_t ahead_stride, int64_t row_bytes,
-             int32_t *slot, float *inverse) {
-  const int64_t vectors = padded_k / kWidth;
-  const IntVec lane_slots = kIota * static_cast<int32_t>(vectors);
-  Best best[kBlockRows];
-  Vec square[kBlockRows];
-  const int adding = additions ? additions->count : 0;
-  for (int first = 0; first < kBlockRows; first += kTile) {
-    for (int i = first; i < first + kTile; ++i) {
-      if (ahead)  // past the larger caches: rows are read once, and what lies there is still wanted
-        for (int64_t byte = 0; byte < row_bytes; byte += 64)
-          __builtin_prefetch(ahead + i * ahead_stride + byte, 0, 0);
-      if (i < adding) add_row(*additions, i, s);
-      square[i] = squares(rows[i], s);
-    }
-    compare<true>(rows + first, s, bank, bias, padded_k, lane_slots, best + first);
-  }
-  for (int64_t g = kGroup; g < vectors; g += kGroup)
-    for (int i = 0; i < kBlockRows; i += kTile)
-      compare<false>(rows + i, s, bank + g * kWidth, bias + g * kWidth, padded_k,
-                     lane_slots + static_cast<int32_t>(g), best + i);
-
-  for (int first = 0; first < kBlockRows; first += kWidth) {
-    const Vec squared = fold_each(square + first, [](Vec a, Vec b) { return a + b; });
-    const IntVec nearest = fold_each(best + first, better).slot;
-    for (int i = 0; i < kWidth; ++i) {
-      slot[first + i] = nearest[i];
-      inverse[first + i] =
-          squared[i] >= kSmallest && squared[i] <= kLargest ? 1 / __builtin_sqrtf(squared[i]) : 0;
-    }
-  }
+  for (; j % kLanes; j += kWidth) place(Vec{});
+  return squares;
 }
 
 template <typename Type>
-void widen(const uint16_t *row, int64_t s, float *out) {
-  int64_t j = 0;
-  for (; j + kWidth <= s; j += kWidth) Float32::store(out + j, Type::load(row + j));
-  for (; j < s; ++j) out[j] = Type::load_one(row + j);
+void pack_rows(const EmaBlock &rows, int64_t s, float *block, Vec *square) {
+  for (int i = 0; i < kBlockRows; ++i)
+    square[i] = pack<Type>(rows.z + rows.row[i] * rows.stride, s, block + i * kWidth);
+}
+
+// kTile rows of a block against kGroup · kWidth slots, of which `lane_slots` are in the first vector. With
+// the first group, each column asks for memory `ahead`.
+template <bool kFirst>
+inline void compare(const float *block, int64_t s, const float *column, const float *bias, int64_t padded_k,
+                    IntVec lane_slots, Best *best, const char *ahead, int64_t ahead_step) {
+  Vec dot[kTile][kGroup];
+  for (int i = 0; i < kTile; ++i)
+    for (int g = 0; g < kGroup; ++g) dot[i][g] = *reinterpret_cast<const Vec *>(bias + g * kWidth);
+  for (int64_t j = 0; j < s; j += kWidth, block += kBlockRows * kWidth) {
+    const float *end = block + (s - j < kWidth ? s - j : kWidth);
+    for (const float *at = block; at < end; ++at, column += padded_k) {
+      if (kFirst) {
+        __builtin_prefetch(ahead, 0, 2);  // not 0: into the nearest cache alone takes Intel twice the time
+        ahead += ahead_step;
+      }
+      for (int i = 0; i < kTile; ++i)
+        for (int g = 0; g < kGroup; ++g)
+          dot[i][g] += at[i * kWidth] * *reinterpret_cast<const Vec *>(column + g * kWidth);
+    }
+  }
+  for (int i = 0; i < kTile; ++i) {
+    if (kFirst) best[i] = {Vec{} - __builtin_inff(), lane_slots};
+    for (int g = 0; g < kGroup; ++g) best[i] = better(best[i], {dot[i][g], lane_slots + g});
+  }
+}
+
+bool nearest(const EmaBlock &rows, int64_t s, const float *bank, const float *bias, int64_t padded_k,
+             float *block, int32_t *slot, float *inverse) {
+  Vec square[kBlockRows];
+  if (rows.type == RowType::float32)
+    pack_rows<Float32>(rows, s, block, square);
+  else if (rows.type == RowType::float16)
+    pack_rows<Float16>(rows, s, block, square);
+  else
+    pack_rows<Bfloat16>(rows, s, block, square);
+
+  // Before the products, which hide how long roots and quotients take.
+  for (int first = 0; first < kBlockRows; first += kWidth) {
+    const Vec squared = fold_each(square + first, [](Vec a, Vec b) { return a + b; });
+    for (int i = 0; i < kWidth; ++i)
+      inverse[first + i] =
+          squared[i] >= kSmallest && squared[i] <= kLargest ? 1 / __builtin_sqrtf(squared[i]) : 0;
+  }
+
+  const int64_t vectors = padded_k / kWidth, item = rows.type == RowType::float32 ? 4 : 2;
+  const IntVec lane_slots = kIota * static_cast<int32_t>(vectors);
+  Best best[kBlockRows];
+  for (int i = 0; i < kBlockRows; i += kTile)
+    compare<true>(block + i * kWidth, s, bank, bias, padded_k, lane_slots, best + i,
+                  rows.ahead + i * s * item, kTile * item);
+  for (int64_t g = kGroup; g < vectors; g += kGroup)
+    for (int i = 0; i < kBlockRows; i += kTile)
+      compare<false>(block + i * kWidth, s, bank + g * kWidth, bias + g * kWidth, padded_k,
+                     lane_slots + static_cast<int32_t>(g), best + i, nullptr, 0);
+  for (int i = 0; i < kBlockRows; i += kWidth)
+    *reinterpret_cast<LooseIntVec *>(slot + i) = fold_each(best + i, better).slot;
+  bool fine = true;
+  for (int i = 0; i < kBlockRows; ++i) fine &= inverse[i] != 0;
+  return fine;
+}
+
+void add(const float *block, int64_t padded_s, int count, const int32_t *slot, const float *weight,
+         const float *scale, float *sums, double *mass) {
+  for (int i = 0; i < count; ++i, block += kWidth) {
+    if (slot[i] < 0) continue;
+    mass[slot[i]] += weight[i];
+    const Vec factor = Vec{} + scale[i];
+    float *out = sums + slot[i] * padded_s;
+    const float *from = block;
+    for (int64_t j = 0; j < padded_s; j += kWidth, from += kBlockRows * kWidth)
+      *reinterpret_cast<Vec *>(out + j) += factor * *reinterpret_cast<const Vec *>(from);
+  }
 }
 
 }  // namespace
 
 extern const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA);
-const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {kWidth, nearest, add, widen<Float16>,
-                                                          widen<Bfloat16>};
+const EmaRowKernels MOMKD_CONCAT(ema_rows_, MOMKD_ISA) = {kWidth, nearest, add};
 
 }  // namespace momkd

@@ -34,8 +34,8 @@ int main() {
           expect(chunks.count * chunks.rows >= n, "rows left out", n, c, k, s);
           expect(n == 0 ? chunks.count == 0 : (chunks.count - 1) * chunks.rows < n, "an empty chunk", n, c, k,
                  s);
-          expect(chunks.count <= 1 || chunks.count * c * k * (s * 4 + 8) <= kWorkspace, "too much memory", n,
-                 c, k, s);
+          expect(chunks.count <= 1 || chunks.count * c * k * (padded(s) * 4 + 8) <= kWorkspace,
+                 "too much memory", n, c, k, s);
           expect(chunks.count <= 1 || chunks.rows >= 8 * c * k, "chunks too small for their sums", n, c, k,
                  s);
         }
