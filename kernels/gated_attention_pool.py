@@ -316,7 +316,10 @@ def gated_attention_scores_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w_v, b_v, w_u, b_u, w_a, b_a in this order, None where `needs` says so."""
-    x, d_scores = rows_of(x), d_scores.to(torch.float32).contiguous()
+    x, d_scores, b_a = rows_of(x), d_scores.to(torch.float32).contiguous(), parameters.b_a
+    d_b_a = d_scores.sum(0).to(b_a.dtype) if needs[6] and b_a is not None else None
+    if not any(needs[:6]):
+        return (*(None,) * 6, d_b_a)
     d_x = x.new_empty(x.shape) if needs[0] else None
     gate = gate_of(x, parameters, dropout_p, seed)
     packed = pack_weights(x, parameters.w_v, parameters.w_u) if kept is None or d_x is not None else None
@@ -330,8 +333,7 @@ def gated_attention_scores_backward(
         _copy(part, like.dtype) if need and part is not None and like is not None else None
         for need, part, like in zip(needs[1:6], found, parameters[:5], strict=True)
     ]
-    b_a = parameters.b_a
-    return (d_x, *d_parameters, d_scores.sum(0).to(b_a.dtype) if needs[6] and b_a is not None else None)
+    return (d_x, *d_parameters, d_b_a)
 
 
 def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:

@@ -186,6 +186,8 @@ def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 def _backward_pool(
     ctx: Any, grad_pooled: Tensor | None, grad_scores: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    if grad_pooled is None and grad_scores is None:
+        return (None,) * 13
     needs_x, _, *rest = ctx.needs_input_grad
     needs = [needs_x, *rest[:7]]
     grads = call_backward(

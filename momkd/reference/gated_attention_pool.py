@@ -121,8 +121,13 @@ def _gate_gradients(
     """As `gated_attention_scores_backward`, but the gradient of x in the dtype that sums have."""
     xa = x.to(accumulate_dtype(x.dtype))
     w_v, b_v, w_u, b_u, w_a, b_a = parameters
-    gate = _gate(xa, parameters, dropout_p, seed, kept)
     d_scores = d_scores.to(xa.dtype)
+    grads: list[Tensor | None] = [None] * 7
+    if needs[6] and b_a is not None:
+        grads[6] = d_scores.sum(0).to(b_a.dtype)
+    if not any(needs[:6]):
+        return tuple(grads)
+    gate = _gate(xa, parameters, dropout_p, seed, kept)
     d_hidden = d_scores @ w_a.to(xa.dtype)  # (N, D)
     d_tanh, d_u = d_hidden, None
     if gate.sigma is not None:
@@ -135,7 +140,6 @@ def _gate_gradients(
         d_tanh = d_tanh * gate.keep_tanh
     d_v = d_tanh * (1 - gate.tanh**2)  # (N, D) at the input of tanh
 
-    grads: list[Tensor | None] = [None] * 7
     if needs[0]:
         d_x = d_v @ w_v.to(xa.dtype)
         if w_u is not None and d_u is not None:
@@ -151,8 +155,6 @@ def _gate_gradients(
         grads[4] = d_u.sum(0).to(b_u.dtype)
     if needs[5]:
         grads[5] = (d_scores.T @ gate.hidden()).to(w_a.dtype)
-    if needs[6] and b_a is not None:
-        grads[6] = d_scores.sum(0).to(b_a.dtype)
     return tuple(grads)
 
 

@@ -17,7 +17,7 @@ Arguments = dict[str, Tensor | None]
 
 
 def arguments(lengths: tuple[int, ...], width: int = 12, hidden: int = 6, heads: int = 2, **kind: object) -> Arguments:
-    """Random x and parameters; kind: gated=False, bias=False, dtype."""
+    """Random x and parameters; kind: gated=False, bias=False, biased=True (with score_bias), dtype."""
     dtype = kind.get("dtype", torch.float32)
     made: Arguments = {
         "x": torch.randn(sum(lengths), width),
@@ -32,6 +32,8 @@ def arguments(lengths: tuple[int, ...], width: int = 12, hidden: int = 6, heads:
         made["w_u"] = made["b_u"] = None
     if not kind.get("bias", True):
         made["b_v"] = made["b_u"] = made["b_a"] = None
+    if kind.get("biased"):
+        made["score_bias"] = torch.randn(sum(lengths), heads)
     return {k: None if v is None else v.to(dtype).requires_grad_() for k, v in made.items()}  # type: ignore[arg-type]
 
 
@@ -50,26 +52,31 @@ def naive(made: Arguments, lengths: tuple[int, ...], p: float = 0.0, seed: int =
         v = v * keep_v * keep_scale(p)
         u = u if w_u is None else u * keep_u * keep_scale(p)
     scores = linear(v * u, w_a, b_a)
+    if (score_bias := made.get("score_bias")) is not None:
+        scores = scores + score_bias
     spans = pairwise(offsets_of(lengths).tolist())
     pooled = [torch.softmax(scores[a:b], 0).T @ x[a:b] for a, b in spans]
     return torch.stack(pooled) if pooled else (scores.T @ x)[None][:0], scores
 
 
 def fused(made: Arguments, lengths: tuple[int, ...], **options: object) -> tuple[Tensor, Tensor]:
-    values = [made[name] for name in NAMES]
-    return F.gated_attention_pool(values[0], offsets_of(lengths), *values[1:], return_scores=True, **options)
+    values, offsets = [made[name] for name in NAMES], offsets_of(lengths)
+    options |= {"score_bias": made.get("score_bias"), "return_scores": True}
+    return F.gated_attention_pool(values[0], offsets, *values[1:], **options)
 
 
-def compare(made: Arguments, lengths: tuple[int, ...], p: float = 0.0, seed: int = 0) -> None:
+def compare(
+    made: Arguments, lengths: tuple[int, ...], p: float = 0.0, seed: int = 0, backend: str | None = None
+) -> None:
     exact = doubled(made)
-    pooled, scores = fused(made, lengths, dropout_p=p, seed=seed)
+    pooled, scores = fused(made, lengths, dropout_p=p, seed=seed, backend=backend)
     want_pooled, want_scores = naive(exact, lengths, p, seed)
     assert_close(pooled, want_pooled, FORWARD, "pooled")
     assert_close(scores, want_scores, FORWARD, "scores")
     g_pooled, g_scores = torch.randn_like(pooled), torch.randn_like(scores)
     torch.autograd.backward([pooled, scores], [g_pooled, g_scores])
     torch.autograd.backward([want_pooled, want_scores], [g_pooled.double(), g_scores.double()])
-    for name in NAMES:
+    for name in made:
         if made[name] is not None:
             assert_close(made[name].grad, exact[name].grad, GRADIENT, f"d {name}")
 
@@ -146,16 +153,18 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(call, tuple(made[name] for name in NAMES))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_opcheck_and_compile(p: float) -> None:
-    made = arguments((3, 0, 2))
-    values = [made[name] for name in NAMES]
-    seed = torch.tensor(3) if p else None
-    torch.library.opcheck(
-        ops.gated_attention_pool, (values[0], offsets_of((3, 0, 2)), *values[1:], None, p, seed, -1, "")
-    )
+@pytest.mark.parametrize("biased", [False, True])
+def test_opcheck_and_compile(biased: bool) -> None:
+    made = arguments((3, 0, 2), biased=biased)
+    values, bias, p = [made[name] for name in NAMES], made.get("score_bias"), 0.5 * biased
+    given = (values[0], offsets_of((3, 0, 2)), *values[1:], bias, p, torch.tensor(3) if p else None, -1, "")
+    torch.library.opcheck(ops.gated_attention_pool, given)
     compiled = torch.compile(lambda: fused(made, (3, 0, 2), dropout_p=p, seed=3), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(), fused(made, (3, 0, 2), dropout_p=p, seed=3))
+    got, want = compiled(), fused(made, (3, 0, 2), dropout_p=p, seed=3)
+    torch.testing.assert_close(got, want)
+    grads = [torch.randn_like(t) for t in want]
+    leaves = list(made.values())
+    torch.testing.assert_close(*(torch.autograd.grad(out, leaves, grads) for out in (got, want)))
 
 
 def test_frozen_features_cost_no_gradient() -> None:
@@ -209,6 +218,10 @@ def test_autocast() -> None:
         ({"w_u": None}, "b_u: expected None, because w_u is None"),
         ({"b_a": torch.randn(3)}, r"b_a: expected \(H,\) = \(2\), got \(3,\)"),
         ({"w_a": torch.randn(2, 6, device="meta")}, "w_a: expected on cpu like x, got meta"),
+        ({"score_bias": torch.randn(7, 3)}, r"score_bias: expected \(N, H\) = \(7, 2\), got \(7, 3\)"),
+        ({"score_bias": torch.randn(7)}, r"score_bias: expected \(N, H\) = \(7, 2\), got \(7,\)"),
+        ({"score_bias": torch.randn(7, 2, device="meta")}, r"score_bias: expected on cpu like x, got meta; use"),
+        ({"score_bias": torch.ones(7, 2, dtype=torch.int64)}, "score_bias: expected float16, .* got torch.int64"),
     ],
 )
 def test_bad_input(change: dict[str, Tensor | None], message: str) -> None:
