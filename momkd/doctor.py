@@ -16,7 +16,6 @@ from typing import IO, Any
 import momkd
 from momkd import env
 from momkd.errors import BackendError
-from momkd.precision import multiplier
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def doctor(file: IO[str] | None = None, *, show: bool = True) -> Report:
     import torch
 
     from momkd import dispatch
-
+    from momkd import dispatch
+    from momkd.precision import multiplier
     report = Report(
         versions={
             "momkd": momkd.__version__,
