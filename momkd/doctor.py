@@ -80,8 +80,8 @@ def doctor(file: IO[str] | None = None, *, show: bool = True) -> Report:
     import torch
 
     from momkd import dispatch
-    from momkd import dispatch
     from momkd.precision import multiplier
+
     report = Report(
         versions={
             "momkd": momkd.__version__,
