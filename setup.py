@@ -45,7 +45,10 @@ def sources(*patterns: str, but: str = "") -> list[str]:
 
 
 ISA_SOURCES = sources("cpu/*_rows.cpp")  # compiled once for each instruction set, chosen at run time
-CPU_SOURCES = [s for s in sources("bindings_*.cpp", "cpu/*.cpp", but="bindings_cuda.cpp") if s not in ISA_SOURCES]
+AMX_SOURCES = sources("cpu/amx.cpp")
+CPU_SOURCES = [
+    s for s in sources("bindings_*.cpp", "cpu/*.cpp", but="bindings_cuda.cpp") if s not in ISA_SOURCES + AMX_SOURCES
+]
 CUDA_SOURCES = sources("bindings_cuda.cpp", "cuda/*.cu")
 
 X86_ISAS = {
@@ -53,6 +56,8 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+# The matrix unit, for Linux alone: the system must be asked for it.
+AMX = ["-mavx512f", "-mamx-tile", "-mamx-bf16"]
 
 
 def flag(name: str) -> bool:
@@ -86,6 +91,7 @@ class Toolchain:
         self.isas = {
             name: flags for name, flags in X86_ISAS.items() if not flags or (x86 and self.compiles("", ["-c", *flags]))
         }
+        self.amx = AMX if x86 and sys.platform == "linux" and self.compiles(AMX_PROGRAM, ["-c", *AMX]) else []
 
     def compiles(self, program: str, flags: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,6 +103,7 @@ class Toolchain:
         return done.returncode == 0
 
 
+AMX_PROGRAM = "#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }"
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }"
 
 
@@ -193,8 +200,9 @@ def write_ninja(tools: Toolchain, version: str, nvcc: str | None) -> None:
         return target
 
     stamp = [f'-DMOMKD_VERSION="{version}"']
-    isas = [f"-DMOMKD_HAVE_{name.upper()}" for name in tools.isas]
+    isas = [f"-DMOMKD_HAVE_{name.upper()}" for name in [*tools.isas, *(["amx"] if tools.amx else [])]]
     objects = [compile_cxx(source, [*stamp, *isas]) for source in CPU_SOURCES]
+    objects += [compile_cxx(source, [*isas, *tools.amx]) for source in AMX_SOURCES]
     for source in ISA_SOURCES:
         for name, flags in tools.isas.items():
             objects.append(compile_cxx(source, [*flags, f"-DMOMKD_ISA={name}"], f".{name}"))

@@ -4,7 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/amx.h"
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 
 namespace py = pybind11;
 using namespace momkd;
@@ -27,6 +29,7 @@ py::dict build_info() {
   info["openmp"] = py::none();
 #endif
   info["isa"] = isa_name(current_isa());
+  info["amx"] = current_isa() == Isa::avx512 && has_amx();
   info["version"] = MOMKD_VERSION;
   return info;
 }
@@ -49,7 +52,11 @@ PYBIND11_MODULE(_C, m) {
   bind_memory(m);
   bind_pool(m);
   m.def("build_info", &build_info,
-        "Compiler, C++ standard, OpenMP version or None, instruction set in use, version.");
+        "Compiler, C++ standard, OpenMP version or None, instruction set in use, whether with AMX, version.");
+  m.def(
+      "use_large_pages", [](uintptr_t data, int64_t bytes) { use_large_pages(pointer<void>(data), bytes); },
+      py::arg("data_ptr"), py::arg("bytes"),
+      "Ask for large pages behind memory that nothing has touched yet.");
   m.def("use_isa", &use_isa_named, py::arg("isa"),
         "Use baseline, avx2 or avx512 from now on: for tests and measurements.");
 }

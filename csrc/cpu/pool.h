@@ -36,6 +36,7 @@ class PartialPools {
   // pooled (B, H, L) and stats (B, H, 2): the largest score and Σ exp(score − largest); zeros where there is
   // none.
   void combine(float *pooled, float *stats, int threads) const;
+  const std::vector<BagPiece> &pieces() const { return pieces_.pieces; }
 
  private:
   struct Memory;

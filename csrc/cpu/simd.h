@@ -117,12 +117,13 @@ inline void narrow_bits(uint16_t *at, BitVec bits) {
 // The processor's own narrowing (AVX-512 BF16) makes zeros of subnormal numbers; this keeps them.
 struct Bfloat16 {
   typedef uint16_t stored;
-  static Vec load(const uint16_t *at) { return of_bits(widen_bits(at) << 16); }
-  static void store(uint16_t *at, Vec v) {
+  static BitVec narrow(Vec v) {
     const BitVec bits = bits_of(v);
     const BitVec rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    narrow_bits(at, v == v ? rounded : (bits >> 16 | 0x40u));
+    return v == v ? rounded : (bits >> 16 | 0x40u);
   }
+  static Vec load(const uint16_t *at) { return of_bits(widen_bits(at) << 16); }
+  static void store(uint16_t *at, Vec v) { narrow_bits(at, narrow(v)); }
   static float load_one(const uint16_t *at) {
     const uint32_t bits = static_cast<uint32_t>(*at) << 16;
     float value;
@@ -143,18 +144,20 @@ struct Float16 {
   static Vec load(const uint16_t *at) {
     return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i_u *)at)));
   }
-  static void store(uint16_t *at, Vec v) {
-    _mm256_storeu_si256((__m256i_u *)at,
-                        _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  static __m256i halves(Vec v) {
+    return _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  static void store(uint16_t *at, Vec v) { _mm256_storeu_si256((__m256i_u *)at, halves(v)); }
 #else
   static Vec load(const uint16_t *at) {
     return reinterpret_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i_u *)at)));
   }
-  static void store(uint16_t *at, Vec v) {
-    _mm_storeu_si128((__m128i_u *)at, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static __m128i halves(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static void store(uint16_t *at, Vec v) { _mm_storeu_si128((__m128i_u *)at, halves(v)); }
 #endif
+  static BitVec narrow(Vec v) {
+    return __builtin_convertvector(reinterpret_cast<HalfVec>(halves(v)), BitVec);
+  }
   static float load_one(const uint16_t *at) { return _cvtsh_ss(*at); }
   static void store_one(uint16_t *at, float v) { *at = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
 };
@@ -168,8 +171,7 @@ struct Float16 {
     const BitVec special = scaled >= 65536.0f ? BitVec{} + 0x7f800000u : BitVec{};
     return of_bits(bits_of(scaled) | special | (half & 0x8000u) << 16);
   }
-  static Vec load(const uint16_t *at) { return widen(widen_bits(at)); }
-  static void store(uint16_t *at, Vec v) {
+  static BitVec narrow(Vec v) {
     const BitVec bits = bits_of(v);
     const BitVec sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
     const BitVec normal = (size - 0x38000000u + 0xfffu + (size >> 13 & 1u)) >> 13;
@@ -177,8 +179,10 @@ struct Float16 {
     BitVec half = size < 0x38800000u ? subnormal : normal;
     half = size >= 0x477ff000u ? BitVec{} + 0x7c00u : half;
     half = size > 0x7f800000u ? BitVec{} + 0x7e00u : half;
-    narrow_bits(at, half | sign);
+    return half | sign;
   }
+  static Vec load(const uint16_t *at) { return widen(widen_bits(at)); }
+  static void store(uint16_t *at, Vec v) { narrow_bits(at, narrow(v)); }
   static float load_one(const uint16_t *at) { return widen(BitVec{} + *at)[0]; }
   static void store_one(uint16_t *at, float v) {
     uint16_t all[kWidth];
@@ -245,6 +249,33 @@ inline Vec tanh_of(Vec x) {
   const Vec near = size + size * square * p;  // where the quotient would cancel
   const Vec value = size < 0.625f ? near : far;
   return of_bits(bits_of(value) | (bits_of(x) & 0x80000000u));
+}
+
+// tanh(v) and σ(u) by one division, within 6 units in the last place.
+struct Gate {
+  Vec tanh, sigma;
+};
+
+inline Gate gate_of(Vec v, Vec u) {
+  // e^x − 1 for x = −2|v|: 2^whole (1 + q) − 1, so that nothing cancels where x is small.
+  const Vec x = of_bits(bits_of(v) | 0x80000000u) * 2.0f;
+  const Vec clamped = x < -40.0f ? Vec{} - 40.0f : x;
+  const Vec shifted = clamped * 1.44269504f + 12582912.0f;
+  const Vec whole = shifted - 12582912.0f;
+  const Vec r = clamped - whole * 0.693359375f - whole * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vec q = p * (r * r) + r;
+  const Vec power = of_bits((bits_of(shifted) << 23) + 0x3f800000u);  // the low bits of `shifted` are `whole`
+  const Vec less = power * q + (power - 1.0f);
+  const Vec e = exp_of(of_bits(bits_of(u) | 0x80000000u));  // at most 1
+  const Vec over_v = less + 2.0f, over_u = e + 1.0f;
+  const Vec inverse = 1.0f / (over_v * over_u);
+  const Vec size = -less * (over_u * inverse), sigma = over_v * inverse;
+  return {of_bits(bits_of(size) | (bits_of(v) & 0x80000000u)), u > 0 ? sigma : sigma * e};
 }
 
 // kWidth rows of kWidth values: rows become columns.

@@ -37,8 +37,8 @@ def extension() -> tuple[Any, str]:
 
 
 _MODULES = {
-    "gated_attention_pool": "pooling",
-    "gated_attention_scores": "pooling",
+    "gated_attention_pool": "gate",
+    "gated_attention_scores": "gate",
     "attention_pool": "pooling",
     "graph_attention": "graph",
     "memory_similarity": "memory",
@@ -95,6 +95,16 @@ def bags_of(offsets: Tensor) -> tuple[Tensor, int]:
             f"{tuple(offsets.shape)} on {offsets.device}; use Bags.from_list or offsets.int()"
         )
     return offsets.contiguous(), offsets.shape[0] - 1
+
+
+_LARGE = 4 << 20  # bytes from which large pages are worth asking for
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """An empty tensor whose memory, where it is much, the system hands out in large pages."""
+    if tensor.nbytes >= _LARGE:
+        extension()[0].use_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def rows(name: str, tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:

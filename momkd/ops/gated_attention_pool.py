@@ -24,7 +24,7 @@ def _kept_shape(
 ) -> tuple[int, ...]:
     branches, hidden = 1 if w_u is None else 2, w_v.shape[0]
     size = x.shape[0] * branches * hidden * x.element_size()
-    if kept_bytes == 0 or chosen == "native" or size > budget.allowed(kept_bytes, x.device):
+    if kept_bytes == 0 or size > budget.allowed(kept_bytes, x.device):
         return (0,)
     return (x.shape[0], branches * hidden) if chosen == "triton" else (x.shape[0], branches, hidden)
 

@@ -169,6 +169,16 @@ int main() {
   const double t =
       check_function("tanh", [](Vec x) { return tanh_of(x); }, [](double x) { return std::tanh(x); }, 193, 3);
 
+  // Both sides of the gate by one division; each while the other is anything.
+  for (float other : {0.0f, 0.3f, -7.0f, 60.0f, -200.0f}) {
+    check_function(
+        "tanh of the gate", [&](Vec x) { return gate_of(x, Vec{} + other).tanh; },
+        [](double x) { return std::tanh(x); }, 1931, 6);
+    check_function(
+        "sigmoid of the gate", [&](Vec x) { return gate_of(Vec{} + other, x).sigma; },
+        [&](double x) { return x < -87.33654f ? 0.0 : sigmoid_exact(x); }, 1931, 6);
+  }
+
   float lanes[kWidth];
   double sum = 0;
   for (int i = 0; i < kWidth; ++i) sum += lanes[i] = static_cast<float>(1 << i);

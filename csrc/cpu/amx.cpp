@@ -1,0 +1,113 @@
+// Compiled for processors with AMX where the compiler knows them: nothing here may run before has_amx().
+#include "cpu/amx.h"
+
+#ifdef MOMKD_HAVE_AMX
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+
+namespace momkd {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
+
+constexpr int64_t kTileRows = 16,
+                  kTileValues = kTileRows * kAmxDepth;  // 16 rows of 32 values, or of 16 pairs
+
+}  // namespace
+
+void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed) {
+  const int64_t depth = amx_depth(width);
+  // A tile holds 16 pairs of values of 16 columns: packed[pair][column][2].
+  for (int64_t column = 0; column < columns; ++column) {
+    const uint16_t *from = weights + column * width;
+    uint16_t *panel = packed + column / kAmxColumns * kAmxColumns * depth +
+                      column % kAmxColumns / kTileRows * kTileValues + column % kTileRows * 2;
+    for (int64_t k = 0; k < depth; ++k)
+      panel[k / kAmxDepth * 2 * kTileValues + k % kAmxDepth / 2 * kAmxDepth + k % 2] =
+          k < width ? from[k] : 0;
+  }
+}
+
+AmxTiles::AmxTiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.bytes[tile] = 64;
+    config.rows[tile] = kTileRows;
+  }
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+
+AmxTiles::~AmxTiles() { _tile_release(); }
+
+void amx_products(const uint16_t *rows, int64_t stride, int64_t count, int64_t width, const uint16_t *packed,
+                  int64_t columns, float *out, uint16_t *scratch) {
+  const int64_t depth = amx_depth(width);
+  if (count < kAmxRows || depth != width) {  // tiles are whole: the rest is zero
+    std::memset(scratch, 0, static_cast<size_t>(kAmxRows * depth) * 2);
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(scratch + i * depth, rows + i * stride, static_cast<size_t>(width) * 2);
+    rows = scratch;
+    stride = depth;
+  }
+  const size_t row_bytes = static_cast<size_t>(stride) * 2, out_bytes = static_cast<size_t>(columns) * 4;
+  const uint16_t *lower = rows + kTileRows * stride;
+  for (int64_t column = 0; column < columns; column += kAmxColumns) {
+    const uint16_t *panel = packed + column * depth;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += kAmxDepth, panel += 2 * kTileValues) {
+      _tile_loadd(4, rows + k, row_bytes);
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + kTileValues, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, lower + k, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    float *to = out + column;
+    _tile_stored(0, to, out_bytes);
+    _tile_stored(1, to + kTileRows, out_bytes);
+    _tile_stored(2, to + kTileRows * columns, out_bytes);
+    _tile_stored(3, to + kTileRows * columns + kTileRows, out_bytes);
+  }
+}
+
+namespace {
+
+bool allowed() {
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  const bool processor = edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return processor && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+bool has_amx() {
+  static const bool has = allowed();
+  return has;
+}
+
+}  // namespace momkd
+
+#else
+
+namespace momkd {
+
+bool has_amx() { return false; }
+
+}  // namespace momkd
+
+#endif
