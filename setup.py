@@ -57,7 +57,7 @@ X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
 # The matrix unit, for Linux alone: the system must be asked for it.
-AMX = ["-mavx512f", "-mamx-tile", "-mamx-bf16"]
+AMX = [*X86_ISAS["avx512"], "-mamx-tile", "-mamx-bf16"]
 
 
 def flag(name: str) -> bool:

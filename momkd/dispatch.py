@@ -1,4 +1,7 @@
-"""Which backend runs an op: `can_run` answers with a reason, `choose` takes the best or the one that was named.
+"""Which backend runs an op: `can_run` answers with a reason, `choose` takes the quickest or the one that was named.
+
+Each backend says beside its kernels what it can run and for what it is preferred (`native`, `gpu`, `cuda`); here the
+question is asked, by the ops, the public functions, and the drop-ins for other projects alike.
 
 A backend that is not there is never an import error, only a reason. A named backend runs or raises; nothing is
 swapped silently.
@@ -7,7 +10,8 @@ swapped silently.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +19,13 @@ from momkd import cuda, env, gpu, native
 from momkd.errors import BackendError, InputError
 
 BACKENDS = ("triton", "cuda", "native", "torch")
+
+# What each op tells of itself, in the order in which it gives its tensors.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "gated_attention_pool": ("x", "offsets", "w_v", "w_u", "w_a"),
+    "gated_attention_scores": ("x", "w_v", "w_u", "w_a"),
+    "memory_similarity": ("z", "memory"),
+}
 
 # The backends that hold each op, best first. `torch` is the reference and runs everywhere.
 OPS: dict[str, tuple[str, ...]] = {
@@ -62,8 +73,13 @@ def _can_run(op: str, backend: str, args: Sequence[Tensor | None]) -> tuple[bool
     return True, "runs on every device"
 
 
-def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
-    """The backend to use: the named one, MOMKD_BACKEND, or the best that can run.
+def choose(op: str, backend: str | None, args: Sequence[Tensor | None], **facts: Any) -> str:
+    """The backend to use: the named one, MOMKD_BACKEND, or the first that can run and is preferred for such a call.
+
+    Args:
+        op, backend: names; None or "" leaves the choice.
+        args: the tensors of the call.
+        facts: what else a preference may hang on, by name, such as `reduce`.
 
     Raises:
         BackendError: the named backend cannot run here; the message says why and what could.
@@ -75,9 +91,28 @@ def choose(op: str, backend: str | None, args: Sequence[Tensor | None]) -> str:
             _known(override, BACKENDS, "MOMKD_BACKEND", InputError, "; unset it or correct it")
             named = override if override in OPS[op] else None
     if named is None:
-        return next(name for name in OPS[op] if name == "torch" or _can_run(op, name, args)[0])
+        usable = (name for name in OPS[op] if name == "torch" or _can_run(op, name, args)[0])
+        return next(name for name in usable if _is_preferred(op, name, args, facts))
     able, reason = can_run(op, named, args)
     if not able:
         others = [name for name in OPS[op] if can_run(op, name, args)[0]]
         raise BackendError(f"{op}: backend {named!r} cannot run: {reason}; available here: {', '.join(others)}")
     return named
+
+
+def _is_preferred(op: str, backend: str, args: Sequence[Tensor | None], facts: Mapping[str, Any]) -> bool:
+    """Whether `backend`, which can run this call, is quicker than those after it; always so for the last, `torch`."""
+    rule = gpu.PREFERENCES.get(op) if backend == "triton" and args else None
+    return rule is None or rule(**_by_name(op, args), **facts)
+
+
+def plain_form(op: str, backend: str | None, args: Sequence[Tensor | None]) -> bool:
+    """Whether plain torch, differentiated by autograd, is quicker than the native kernel, which could run this call."""
+    rule = native.PLAIN_IS_QUICKER.get(op)
+    if rule is None or backend or env.backend_override() is not None or not native.can_run(op, args)[0]:
+        return False
+    return rule(**_by_name(op, args))
+
+
+def _by_name(op: str, args: Sequence[Tensor | None]) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS[op], args))  # noqa: B905 (callers may leave the last ones out)

@@ -75,6 +75,22 @@ _LIMITS: dict[str, Callable[[Sequence[Tensor | None]], str]] = {
 }
 
 
+# Of float32 logsumexps, eager torch is 1.5 times as fast on an H200 at a million rows (forward and backward), for ten
+# times the cosines in memory.
+_COPIES, _SHARE = 10, 8
+
+
+def _prefers_similarity(*, z: Tensor, memory: Tensor, reduce: str = "max", **_: Any) -> bool:
+    if reduce != "lse" or z.dtype != torch.float32 or z.device.type != "cuda":
+        return True
+    cosines = 4 * z.shape[0] * memory.shape[0] * memory.shape[1]
+    return _COPIES * cosines > torch.cuda.get_device_properties(z.device).total_memory // _SHARE
+
+
+# For what calls, of those that they can run, the Triton kernels are preferred; all others always are.
+PREFERENCES: dict[str, Callable[..., bool]] = {"memory_similarity": _prefers_similarity}
+
+
 @cache
 def triton() -> tuple[Any, str]:
     """Triton, or None and why it is not there."""

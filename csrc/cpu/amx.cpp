@@ -6,7 +6,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
 
 namespace momkd {
 namespace {
@@ -18,22 +22,28 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "as the processor reads it");
 
+static_assert(kWidth == 16, "a vector is a row of a tile");
 constexpr int64_t kTileRows = 16,
                   kTileValues = kTileRows * kAmxDepth;  // 16 rows of 32 values, or of 16 pairs
 
 }  // namespace
 
-void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed) {
-  const int64_t depth = amx_depth(width);
-  // A tile holds 16 pairs of values of 16 columns: packed[pair][column][2].
-  for (int64_t column = 0; column < columns; ++column) {
-    const uint16_t *from = weights + column * width;
-    uint16_t *panel = packed + column / kAmxColumns * kAmxColumns * depth +
-                      column % kAmxColumns / kTileRows * kTileValues + column % kTileRows * 2;
-    for (int64_t k = 0; k < depth; ++k)
-      panel[k / kAmxDepth * 2 * kTileValues + k % kAmxDepth / 2 * kAmxDepth + k % 2] =
-          k < width ? from[k] : 0;
-  }
+void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed, int threads) {
+  // A tile holds 16 pairs of values of 16 columns: packed[pair][column][2]. Seen as words of two values, 16
+  // by 16 of them are turned.
+  const int64_t depth = amx_depth(width), panels = columns / kTileRows;
+  parallel_for(panels, workers_for(panels, threads), [&](int64_t panel, int) {
+    const uint16_t *from = weights + panel * kTileRows * width;
+    uint16_t *to = packed + panel / 2 * kAmxColumns * depth + panel % 2 * kTileValues;
+    for (int64_t k = 0; k < depth; k += kAmxDepth, to += 2 * kTileValues) {
+      Vec words[kTileRows] = {};
+      const int64_t values = std::min(kAmxDepth, width - k);
+      for (int64_t column = 0; column < kTileRows; ++column)
+        std::memcpy(&words[column], from + column * width + k, static_cast<size_t>(values) * 2);
+      transpose(words);
+      std::memcpy(to, words, sizeof words);
+    }
+  });
 }
 
 AmxTiles::AmxTiles() {

@@ -22,7 +22,7 @@ constexpr int64_t amx_packed_size(int64_t columns, int64_t width) { return colum
 constexpr int64_t amx_scratch(int64_t width) { return kAmxRows * amx_depth(width); }
 
 // Weights (columns, width) in the order in which products read them.
-void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed);
+void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed, int threads);
 
 // The matrix unit is set up for the thread that holds one of these.
 class AmxTiles {

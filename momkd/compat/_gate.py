@@ -99,16 +99,14 @@ def read(block: Block) -> tuple[Branch, Branch | None] | str:
 
 
 def fused_is_quicker(x: Tensor, offsets: Tensor, weight: Tensor) -> bool:
-    """Whether `gated_attention_pool` takes less time on these tensors than the modules one after the other.
+    """Whether a kernel of `gated_attention_pool` takes less time on these tensors than the modules one after the other.
 
-    On a GPU it does. On the CPU its backward computes the gate a second time, for memory: three products in place of
-    two, so there it is for inference. Its plain form is never quicker.
+    The op asks the same: where it would be plain torch anyway, the modules stay what they are.
     """
     if torch.compiler.is_compiling():  # which backends are there can't be traced
         return x.is_cuda
-    chosen = dispatch.choose("gated_attention_pool", None, (x, offsets, weight))
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return chosen == "triton" or (chosen == "native" and not training)
+    op, tensors = "gated_attention_pool", (x, offsets, weight)
+    return dispatch.choose(op, None, tensors) != "torch" and not dispatch.plain_form(op, None, tensors)
 
 
 def pool_by_scores(rows: Rows, values: Tensor, scores: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from momkd import budget, ops
+from momkd import budget, dispatch, ops
 from momkd.bags import Bags
+from momkd.functional import _plain
 from momkd.functional import _validate as check
 
 
@@ -72,6 +73,10 @@ def gated_attention_pool(
     if score_bias is not None:
         check.shape("score_bias", score_bias, (x.shape[0], w_a.shape[0]), "(N, H)")
         check.floating("score_bias", score_bias)
+    if score_bias is None and _plain_is_quicker("gated_attention_pool", gate, offsets, dropout_p, backend):
+        scores = _plain.gate(*gate)  # type: ignore[arg-type]
+        pooled = _plain.pool_one_bag(gate[0], scores)  # type: ignore[arg-type]
+        return (pooled, scores) if return_scores else pooled
     pooled, scores, *_ = ops.gated_attention_pool(
         gate[0], offsets, *gate[1:], score_bias, *_gate_options(gate, dropout_p, seed), backend or ""
     )
@@ -114,6 +119,8 @@ def gated_attention_scores(
     """
     check.shape("x", x, (None, None), "(N, L)")
     gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a)
+    if _plain_is_quicker("gated_attention_scores", gate, None, dropout_p, backend):
+        return _plain.gate(*gate)  # type: ignore[arg-type]
     scores: Tensor = ops.gated_attention_scores(*gate, *_gate_options(gate, dropout_p, seed), backend or "")[0]
     return scores
 
@@ -145,6 +152,18 @@ def _gate_of(
             check.shape(name, bias, (size,), words)
     check.same_device("x", x, w_v=w_v, b_v=b_v, w_u=w_u, b_u=b_u, w_a=w_a, b_a=b_a)
     return check.autocast(x, w_v, b_v, w_u, b_u, w_a, b_a)
+
+
+def _plain_is_quicker(
+    op: str, gate: Sequence[Tensor | None], offsets: Tensor | None, dropout_p: float, backend: str | None
+) -> bool:
+    """Whether torch's own functions do: without dropout, whose bits are ours, on a bag with patches, on a CPU."""
+    x, w_v, _, w_u, _, w_a, _ = gate
+    assert x is not None
+    if dropout_p > 0 or x.shape[0] == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    args = (x, w_v, w_u, w_a) if offsets is None else (x, offsets, w_v, w_u, w_a)
+    return dispatch.plain_form(op, backend, args)
 
 
 def _gate_options(

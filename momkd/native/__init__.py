@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -74,6 +74,26 @@ def can_run(op: str, args: Sequence[Tensor | None] = ()) -> tuple[bool, str]:
     return True, "CPU tensors"
 
 
+# One small bag: its products take less time than what is around them. Measured against the loop over bags by
+# benchmarks/bench_gate_grid.py.
+_SMALL = 1 << 28  # multiplications
+_FEW_ROWS = 1024  # of 16 bits
+
+
+def _small_gate(*, x: Tensor, w_v: Tensor, offsets: Tensor | None = None, **_: Any) -> bool:
+    if offsets is not None and offsets.shape[0] != 2:
+        return False
+    rows, width = x.shape
+    return rows * width * 2 * w_v.shape[0] <= _SMALL and (x.dtype == torch.float32 or rows <= _FEW_ROWS)
+
+
+# For what calls, of those that they can run, the native kernels give way to plain torch; of all others for none.
+PLAIN_IS_QUICKER: dict[str, Callable[..., bool]] = {
+    "gated_attention_pool": _small_gate,
+    "gated_attention_scores": _small_gate,
+}
+
+
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
     """Raise ValueError for another shape, dtype or device: the kernels get an address and read what they are told.
 
@@ -95,6 +115,13 @@ def bags_of(offsets: Tensor) -> tuple[Tensor, int]:
             f"{tuple(offsets.shape)} on {offsets.device}; use Bags.from_list or offsets.int()"
         )
     return offsets.contiguous(), offsets.shape[0] - 1
+
+
+def laid_out(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor, contiguous and of `dtype`; itself where it is that already."""
+    if tensor.dtype == dtype:  # asked first: a call of torch that does nothing takes a microsecond or two
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    return tensor.to(dtype).contiguous()
 
 
 _LARGE = 4 << 20  # bytes from which large pages are worth asking for

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd.native import DTYPES, bags_of, expect, extension, fresh, rows
+from momkd.native import DTYPES, bags_of, expect, extension, fresh, laid_out, rows
 from momkd.native.pooling import attention_pool_backward
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
@@ -54,23 +54,20 @@ class _Gate:
             expect("b_a", b_a, (self.heads,))
         self.x, self.rows = rows("x", x)
         self.product = x.dtype if multiplies(x.dtype) else torch.float32
-        both = w_v if w_u is None else torch.cat([w_v, w_u])
-        self.weight = both.to(self.product).contiguous()  # (columns, L)
-        self.columns = self.weight.shape[0]
-        self.bias = torch.zeros(self.columns, dtype=torch.float32)
-        for bias, into in ((b_v, self.bias[: self.hidden]), (b_u, self.bias[self.hidden :])):
-            if bias is not None:
-                into.copy_(bias)
-        self.w_a = w_a.to(torch.float32).contiguous()
-        self.b_a = None if b_a is None else b_a.to(torch.float32).contiguous()
+        branches = [(w_v, b_v)] if w_u is None else [(w_v, b_v), (w_u, b_u)]
+        self.weights = [laid_out(weight, self.product) for weight, _ in branches]  # (D, L) each
+        self.columns = len(branches) * self.hidden
+        zero = None if b_v is not None and (w_u is None or b_u is not None) else torch.zeros(self.hidden)
+        biases = [zero if bias is None else bias for _, bias in branches]
+        self.bias = torch.cat([laid_out(bias) for bias in biases if bias is not None])  # (columns,)
+        self.w_a = laid_out(w_a)
+        self.b_a = None if b_a is None else laid_out(b_a)
         self.dropout = (0, 1.0)
         self.seed = 0
         if dropout_p > 0 and seed is not None:
             self.dropout, self.seed = (keep_threshold(dropout_p), keep_scale(dropout_p)), int(seed)
         self.threads = torch.get_num_threads()
-        self.packed: Tensor | None = None
-        if self.product == torch.bfloat16:
-            self.packed = _packed(self.weight)
+        self.packed = _packed(self.weights) if self.product == torch.bfloat16 else None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First row and end of each block."""
@@ -95,7 +92,12 @@ class _Gate:
 
     def multiplied(self, first: int, end: int) -> Tensor:
         """Rows of x as they are multiplied."""
-        return self.x[first:end].to(self.product)
+        block = self.x if end - first == self.x.shape[0] else self.x[first:end]
+        return block if block.dtype == self.product else block.to(self.product)
+
+    def branches(self, values: Tensor) -> tuple[Tensor, ...]:
+        """The columns of each branch, of values (rows, columns)."""
+        return (values[:, : self.hidden], values[:, self.hidden :]) if self.gated else (values,)
 
     def score(self, first: int, end: int, products: Tensor | None, scores: Tensor, kept: Tensor | None) -> None:
         """Write the scores of a block, and what is kept of it where there is room for that.
@@ -105,21 +107,24 @@ class _Gate:
         addresses = scores.data_ptr(), 0 if kept is None else kept.data_ptr()
         if products is None:
             assert self.packed is not None
-            block = rows("x", self.x[first:end])[1]
+            _, values = rows("x", self.x[first:end])
             about = self.about(first, end)
-            extension()[0].gate_scores_amx(block, self.packed.data_ptr(), about, 0, *addresses, None, self.threads)
+            extension()[0].gate_scores_amx(values, self.packed.data_ptr(), about, 0, *addresses, None, self.threads)
         else:
-            torch.mm(self.multiplied(first, end), self.weight.T, out=products)
+            block = self.multiplied(first, end)
+            for weight, into in zip(self.weights, self.branches(products), strict=True):
+                torch.mm(block, weight.T, out=into)
             extension()[0].gate_scores(products.data_ptr(), self.about(first, end), *addresses, self.threads)
 
 
-def _packed(weight: Tensor) -> Tensor | None:
+def _packed(weights: list[Tensor]) -> Tensor | None:
     """The weights as AMX reads them; None where it isn't there, or doesn't take so many columns."""
-    size = extension()[0].amx_packed_size(*weight.shape)
+    size = extension()[0].amx_packed_size(*weights[0].shape)
     if size == 0:
         return None
-    packed = weight.new_empty(size)
-    extension()[0].amx_pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
+    packed = weights[0].new_empty(len(weights), size)
+    for weight, into in zip(weights, packed, strict=True):
+        extension()[0].amx_pack(weight.data_ptr(), *weight.shape, into.data_ptr(), torch.get_num_threads())
     return packed
 
 
@@ -167,7 +172,7 @@ def gated_attention_pool(
     scores = gate.bias.new_empty(x.shape[0], gate.heads)
     if score_bias is not None:
         expect("score_bias", score_bias, tuple(scores.shape))
-        score_bias = score_bias.to(torch.float32).contiguous()
+        score_bias = laid_out(score_bias)
     kept = _room_to_keep(gate, keep)
     pooled = scores.new_empty(bags, gate.heads, x.shape[1])
     stats = scores.new_empty(bags, gate.heads, 2)
@@ -190,7 +195,7 @@ def gated_attention_pool(
                 scores[first:end] += score_bias[first:end]
             pool.pool(scores.data_ptr(), end)
     pool.finish(pooled.data_ptr(), stats.data_ptr())
-    return pooled.to(x.dtype), scores, stats, _result(kept, gate)
+    return pooled if x.dtype == torch.float32 else pooled.to(x.dtype), scores, stats, _result(kept, gate)
 
 
 def gated_attention_pool_backward(
@@ -233,23 +238,21 @@ def gated_attention_scores_backward(
     expect("d_scores", d_scores, (x.shape[0], parameters.w_a.shape[0]))
     if not any(needs):
         return (None,) * 7
-    d_scores = d_scores.to(torch.float32).contiguous()
+    d_scores = laid_out(d_scores)
     gate = _Gate(x, parameters, dropout_p, seed)
     if needs[0] and d_x is None:
         d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    d_weight = torch.zeros(gate.weight.shape, dtype=torch.float32) if needs[1] or needs[3] else None
     d_bias, d_w_a = torch.zeros_like(gate.bias), torch.zeros_like(gate.w_a)
     if kept is not None:
         kept = kept.reshape(x.shape[0], gate.columns)
-    _backward(gate, d_scores, kept, d_x, d_weight, d_bias, d_w_a)
+    d_weights = _backward(gate, d_scores, kept, d_x, needs[1] or needs[3], d_bias, d_w_a)
     grads: list[Tensor | None] = [d_x]
-    for branch in range(2):
-        own = slice(branch * gate.hidden, (branch + 1) * gate.hidden)
-        grads += [None if d_weight is None else d_weight[own], d_bias[own]]
-    grads += [d_w_a, d_scores.sum(0)]
+    for branch, d_branch in enumerate(d_bias.view(-1, gate.hidden)):
+        grads += [d_weights[branch] if d_weights else None, d_branch.clone()]  # a result of its own, not a part
+    grads += [None] * (5 - len(grads)) + [d_w_a, d_scores.sum(0) if needs[6] else None]
     like = (x, *parameters)
     return tuple(
-        None if t is None or g is None or not need else g if g is d_x else g.to(t.dtype, copy=True)
+        None if t is None or g is None or not need else g if g.dtype == t.dtype else g.to(t.dtype)
         for g, t, need in zip(grads, like, needs, strict=True)
     )
 
@@ -259,19 +262,19 @@ def _backward(
     d_scores: Tensor,
     kept: Tensor | None,
     d_x: Tensor | None,
-    d_weight: Tensor | None,
+    need_weights: bool,
     d_bias: Tensor,
     d_w_a: Tensor,
-) -> None:
-    """Add the gradients of the gate to the last four."""
+) -> list[Tensor]:
+    """Add the gradients of the gate to d_x, d_bias and d_w_a, and return those of the weights (D, L), if needed."""
     half = gate.product != torch.float32
     # oneDNN is slow where the left side of a 16-bit product is turned: the kernel writes the gradients turned.
-    by_columns = gate.space(gate.product) if half and d_weight is not None else None
-    by_rows = gate.space(gate.product) if d_x is not None or (d_weight is not None and not half) else None
-    made = torch.empty_like(gate.weight) if by_columns is not None else None
+    by_columns = gate.space(gate.product) if half and need_weights else None
+    by_rows = gate.space(gate.product) if d_x is not None or (need_weights and not half) else None
     again = gate.space(gate.x.dtype) if kept is None else None
     wide = again if gate.product == gate.x.dtype else gate.space(gate.product) if kept is None else None
     unread = torch.empty_like(d_scores) if kept is None else d_scores  # scores that are made again
+    d_weights: list[Tensor | None] = [None] * len(gate.weights)
     for first, end in gate.blocks():
         count = end - first
         if kept is not None:
@@ -292,14 +295,29 @@ def _backward(
             d_bias.data_ptr(),
             gate.threads,
         )
-        if d_weight is not None and by_columns is not None and made is not None:
-            turned = by_columns.view(-1)[: gate.columns * count].view(gate.columns, count)
-            d_weight += torch.mm(turned, gate.x[first:end], out=made)
-        elif d_weight is not None and by_rows is not None:
-            d_weight.addmm_(by_rows[:count].T, gate.multiplied(first, end))
+        if need_weights:
+            if by_columns is not None:
+                turned = by_columns.view(-1)[: gate.columns * count].view(-1, gate.hidden, count).unbind()
+            else:
+                assert by_rows is not None
+                turned = tuple(part.T for part in gate.branches(by_rows[:count]))
+            block = gate.multiplied(first, end)
+            for branch, left in enumerate(turned):
+                d_weights[branch] = _with_product(d_weights[branch], left, block)
         if d_x is not None and by_rows is not None:
             into = d_x[first:end]
-            if d_x.dtype == gate.product:
-                into.addmm_(by_rows[:count], gate.weight)
-            else:
-                into += by_rows[:count] @ gate.weight
+            for d_branch, weight in zip(gate.branches(by_rows[:count]), gate.weights, strict=True):
+                if d_x.dtype == gate.product:
+                    into.addmm_(d_branch, weight)
+                else:
+                    into += d_branch @ weight
+    if need_weights and gate.x.shape[0] == 0:
+        return [torch.zeros_like(weight) for weight in gate.weights]
+    return [d for d in d_weights if d is not None]
+
+
+def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in float32 where there is more than one product to add."""
+    if total is None:
+        return torch.mm(a, b)
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.float().add_(torch.mm(a, b))

@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd.native import bags_of, expect, extension, rows
-
-
-def _single(memory: Tensor) -> Tensor:
-    return memory.to(torch.float32).contiguous()
+from momkd.native import bags_of, expect, extension, laid_out, rows
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -26,7 +22,7 @@ def _rows_and_bank(z: Tensor, memory: Tensor) -> tuple[Tensor, tuple[int, int, i
     if memory.ndim != 3:
         raise ValueError(f"memory: expected (C, K, S), got {tuple(memory.shape)}; one class alone is memory[None]")
     expect("memory", memory, (*memory.shape[:2], z.shape[1]))
-    return z, about, _single(memory)
+    return z, about, laid_out(memory)
 
 
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +47,7 @@ def memory_similarity_backward(
     z, about, bank = _rows_and_bank(z, memory)
     expect("grad", grad, (z.shape[0], bank.shape[0]))
     expect("slots", slots, (z.shape[0], bank.shape[0]), torch.int32)
-    grad, slots = _single(grad), slots.contiguous()
+    grad, slots = laid_out(grad), slots.contiguous()
     d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
     extension()[0].memory_similarity_backward(
         grad.data_ptr(),
@@ -98,7 +94,7 @@ def soft_angle_loss_backward(
     expect("labels", labels, (z.shape[0],), torch.int64)
     z, about, bank = _rows_and_bank(z, memory)
     expect("grad", grad, (z.shape[0],))
-    grad, labels = _single(grad), labels.contiguous()
+    grad, labels = laid_out(grad), labels.contiguous()
     d_z, d_bank = _like(z, needs[0]), _like(bank, needs[1])
     extension()[0].soft_angle_loss_backward(
         grad.data_ptr(),
@@ -162,7 +158,7 @@ def memory_guided_pool_backward(
     expect("grad", grad, (bags, heads, values.shape[1]))
     expect("attention", attention, (z.shape[0], heads))
     expect("slots", slots, (z.shape[0], classes), torch.int32)
-    grad, attention, slots = _single(grad), _single(attention), slots.contiguous()
+    grad, attention, slots = laid_out(grad), laid_out(attention), slots.contiguous()
     d_z, d_values = _like(z, needs[0]), _like(values, needs[1])
     d_temperature = bank.new_empty(1) if needs[2] else None
     extension()[0].memory_guided_pool_backward(

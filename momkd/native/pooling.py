@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from momkd.native import bags_of, expect, extension, fresh, rows
-
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+from momkd.native import bags_of, expect, extension, fresh, laid_out, rows
 
 
 def attention_pool(values: Tensor, scores: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     values, about = rows("values", values)
     heads = scores.shape[1]
     expect("scores", scores, (values.shape[0], heads))
-    scores, (offsets, bags) = _single(scores), bags_of(offsets)
+    scores, (offsets, bags) = laid_out(scores), bags_of(offsets)
     pooled = scores.new_empty(bags, heads, values.shape[1])
     stats = scores.new_empty(bags, heads, 2)
     extension()[0].attention_pool(
@@ -46,7 +42,7 @@ def attention_pool_backward(
     expect("scores", scores, (values.shape[0], heads))
     expect("grad", grad, (bags, heads, values.shape[1]))
     expect("stats", stats, (bags, heads, 2))
-    grad, scores_single, stats = _single(grad), _single(scores), _single(stats)
+    grad, scores_single, stats = laid_out(grad), laid_out(scores), laid_out(stats)
     d_values = fresh(torch.empty_like(values, memory_format=torch.contiguous_format)) if needs[0] else None
     d_scores = torch.empty_like(scores_single) if needs[1] else None
     extension()[0].attention_pool_backward(

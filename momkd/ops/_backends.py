@@ -12,9 +12,9 @@ from momkd import cuda, gpu, native, reference
 from momkd.dispatch import choose
 
 
-def backend_of(op: str, backend: str, args: Sequence[Tensor | None]) -> Any:
-    """The module whose functions run `op` on these tensors: the named backend or the best that can."""
-    return module_of(op, choose(op, backend, args))
+def backend_of(op: str, backend: str, args: Sequence[Tensor | None], **facts: Any) -> Any:
+    """The module whose functions run `op` on these tensors: the named backend or the one that `choose` takes."""
+    return module_of(op, choose(op, backend, args, **facts))
 
 
 def module_of(op: str, chosen: str) -> Any:

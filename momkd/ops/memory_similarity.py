@@ -16,7 +16,7 @@ from momkd.reference.segments import accumulate_dtype
 @custom_op("memory_similarity")
 def memory_similarity(z: Tensor, memory: Tensor, reduce: str, tau: float, backend: str) -> tuple[Tensor, Tensor]:
     """z (N, S), memory (C, K, S) -> similarities (N, C), slots (N, C) int32."""
-    where = backend_of("memory_similarity", backend, (z, memory))
+    where = backend_of("memory_similarity", backend, (z, memory), reduce=reduce)
     result: tuple[Tensor, Tensor] = where.memory_similarity(z, memory, reduce, tau)
     return result
 
@@ -38,7 +38,7 @@ def memory_similarity_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    where = backend_of("memory_similarity", backend, (z, memory))
+    where = backend_of("memory_similarity", backend, (z, memory), reduce=reduce)
     needed = needs[0], needs[1]
     grads = where.memory_similarity_backward(grad, z, memory, reduce, tau, slots, needed)
     return _gradients.pack(grads, needs)

@@ -238,7 +238,7 @@ def test_the_gradient_of_score_bias_alone_needs_no_gate(name: str) -> None:
     ("name", "module", "function"),
     [
         ("torch", "momkd.reference.gated_attention_pool", "softmax_pool_backward"),
-        ("native", "momkd.native.pooling", "attention_pool_backward"),
+        ("native", "momkd.native.gate", "attention_pool_backward"),
         ("triton", "momkd.kernels.gated_attention_pool", "pool_backward"),
     ],
 )
