@@ -203,7 +203,7 @@ def _finite(
 
     Of a slide that is not finite, `features` tells how large its own are.
     """
-    if all(bool(torch.isfinite(t).all()) for p in each for t in (p.logits, p.attention)):
+    if all(prediction.is_finite() for prediction in each):
         return list(range(len(slide_ids)))
     good = torch.stack([torch.isfinite(p.logits).all(1) for p in each]).all(0)  # (B,)
     rows = torch.stack([torch.isfinite(p.attention).all(1) for p in each]).all(0)  # (N,)

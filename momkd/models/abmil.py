@@ -77,4 +77,4 @@ class ABMIL(MILModel):
 
     def forward(self, bags: Bags) -> Prediction:
         found = self.pooled(bags)
-        return Prediction(self.classifier(found.vectors), attention_of(found.scores, bags.offsets))
+        return Prediction(self.classifier(found.vectors), lambda: attention_of(found.scores, bags.offsets))

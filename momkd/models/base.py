@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ ENCODERS = ("mlp", "identity", "gatv2")
 POOLINGS = ("memory", "gated", "both")
 
 
-@dataclass(frozen=True)
 class Prediction:
     """What a model says of B slides with N patches in all.
+
+    Args:
+        logits, slots: as below.
+        attention: as below, or what computes it when it is asked for.
 
     Attributes:
         logits: (B, C).
@@ -26,9 +29,19 @@ class Prediction:
         slots: (N, C) int32, the nearest prototype of each class to each patch; None for a model without memory.
     """
 
-    logits: Tensor
-    attention: Tensor
-    slots: Tensor | None = None
+    def __init__(self, logits: Tensor, attention: Tensor | Callable[[], Tensor], slots: Tensor | None = None) -> None:
+        self.logits, self.slots, self._attention = logits, slots, attention
+
+    @property
+    def attention(self) -> Tensor:
+        if not isinstance(self._attention, Tensor):
+            self._attention = self._attention().detach()
+        return self._attention
+
+    def is_finite(self) -> bool:
+        """Whether all results that are computed are finite. Attention that is not makes logits that are not."""
+        known = (self.logits, self._attention) if isinstance(self._attention, Tensor) else (self.logits,)
+        return all(bool(torch.isfinite(t).all()) for t in known)
 
 
 @dataclass(frozen=True)

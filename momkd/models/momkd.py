@@ -165,8 +165,8 @@ class MoMKD(MILModel):
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor, Callable[[], Tensor], Tensor | None]:
-        """pooled (B, H, D), patch projections (N, S), what gives the attention (N, H), slots (N, C) or None."""
+    def _pooled(self, bags: Bags) -> tuple[Tensor, Tensor, Tensor | Callable[[], Tensor], Tensor | None]:
+        """pooled (B, H, D), patch projections (N, S), attention (N, H) or what computes it, slots (N, C) or None."""
         encoded = encode(self.encoder, bags, self.in_features, self.patch_projector.weight)
         z = _unit(self.patch_projector(encoded.features))
         slots: Tensor | None = None
@@ -174,7 +174,7 @@ class MoMKD(MILModel):
             pooled, scores, slots = self.pool.pool_with_scores(z, encoded, self.memory.memory)
         elif isinstance(self.pool, MemoryGuidedPool):
             pooled, attention, slots = self.pool(z, encoded, self.memory.memory)
-            return pooled, z, lambda: attention, slots
+            return pooled, z, attention, slots
         else:
             pooled, scores = self.pool.pool_with_scores(encoded)
         return pooled, z, lambda: attention_of(scores, bags.offsets), slots
@@ -231,7 +231,7 @@ class MoMKD(MILModel):
         bags: Bags,
         labels: Tensor,
         z: Tensor,
-        attention: Callable[[], Tensor],
+        attention: Tensor | Callable[[], Tensor],
         slide: Tensor,
         genomic: Tensor | None,
         taught: Tensor,
@@ -246,7 +246,7 @@ class MoMKD(MILModel):
             if self.rows == "patch":
                 share = 1 / bags.offsets.diff().clamp_min(1).float()[index]
             else:
-                found = attention()
+                found = attention if isinstance(attention, Tensor) else attention()
                 head = row_class.clamp_min(0) if found.shape[1] > 1 else torch.zeros_like(row_class)
                 share = found.gather(1, head[:, None])[:, 0].float()
             weights = share * seen[index]
@@ -266,7 +266,7 @@ class MoMKD(MILModel):
 
     def forward(self, bags: Bags) -> Prediction:
         pooled, _, attention, slots = self._pooled(bags)
-        return Prediction(self.classifier(pooled), attention().detach(), slots)
+        return Prediction(self.classifier(pooled), attention, slots)
 
     @torch.no_grad()
     def project(self, bags: Bags) -> Projections:
@@ -279,7 +279,7 @@ class MoMKD(MILModel):
             (torch.Size([570, 8]), torch.Size([2, 1, 8]))
         """
         pooled, z, attention, slots = self._pooled(bags)
-        return Projections(Prediction(self.classifier(pooled), attention(), slots), z, self.project_slides(pooled))
+        return Projections(Prediction(self.classifier(pooled), attention, slots), z, self.project_slides(pooled))
 
     def project_slides(self, pooled: Tensor) -> Tensor:
         """pooled (B, H, D) -> unit projections (B, H, S) float32."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from momkd import functional
 from momkd.bags import Bags
+from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.memory_guided_pool import margins
 from momkd.reference.segments import segment_softmax, softmax_stats
 
@@ -49,18 +50,13 @@ class GatedAttentionPool(nn.Module):
         """Bags of width L -> pooled (B, H, L)."""
         return self.pool_with_scores(bags)[0]
 
-    def pool_with_scores(self, bags: Bags) -> tuple[Tensor, Tensor]:
-        """Bags of width L -> pooled (B, H, L) and the scores before softmax (N, H)."""
-        v, u, w = self.attention_v, self.attention_u, self.attention_w
+    def pool_with_scores(self, bags: Bags, score_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bags of width L -> pooled (B, H, L) and the scores before softmax (N, H), to which `score_bias` is added."""
         pooled, scores = functional.gated_attention_pool(
             bags.features,
             bags.offsets,
-            v.weight,
-            v.bias,
-            None if u is None else u.weight,
-            None if u is None else u.bias,
-            w.weight,
-            w.bias,
+            *self._parameters_of_gate(),
+            score_bias=score_bias,
             dropout_p=self.dropout if self.training else 0.0,
             return_scores=True,
         )
@@ -68,7 +64,14 @@ class GatedAttentionPool(nn.Module):
 
     def scores(self, bags: Bags) -> Tensor:
         """Bags of width L -> the scores before softmax (N, H)."""
-        return self.pool_with_scores(bags)[1]
+        return functional.gated_attention_scores(
+            bags.features, *self._parameters_of_gate(), dropout_p=self.dropout if self.training else 0.0
+        )
+
+    def _parameters_of_gate(self) -> GateParameters:
+        v, u, w = self.attention_v, self.attention_u, self.attention_w
+        weight, bias = (None, None) if u is None else (u.weight, u.bias)
+        return GateParameters(v.weight, v.bias, weight, bias, w.weight, w.bias)
 
     def extra_repr(self) -> str:
         return f"gated={self.attention_u is not None}, dropout={self.dropout}"
@@ -111,13 +114,15 @@ class MemoryGuidedPool(nn.Module):
 
     def pool_with_scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`, with the scores before softmax (N, H) in place of the attention."""
-        scores, slots = self._scores(z, bags, memory)
+        scores, slots = self._scores(z, memory)
         return functional.attention_pool(bags, scores), scores, slots
 
-    def _scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(self, z: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         similarity, slots = functional.memory_similarity(z, memory.detach())  # (N, C)
-        margin = margins(similarity, self.branch == "per_class" or memory.shape[0] > 2)  # (N, H)
-        return margin / self.temperature, slots
+        return margins(similarity, self._per_class(memory)) / self.temperature, slots  # (N, H)
+
+    def _per_class(self, memory: Tensor) -> bool:
+        return self.branch == "per_class" or memory.shape[0] > 2
 
 
 class GatedMemoryPool(MemoryGuidedPool):
@@ -157,12 +162,12 @@ class GatedMemoryPool(MemoryGuidedPool):
         pooled, scores, slots = self.pool_with_scores(z, bags, memory)
         return pooled, attention_of(scores, bags.offsets), slots
 
-    def _scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor]:
-        guided, slots = super()._scores(z, bags, memory)
-        gate = self.gate.scores(bags)
-        if gate.shape != guided.shape:
-            raise ValueError(f"heads: expected {guided.shape[1]} for this memory and branch, got {gate.shape[1]}")
-        return gate + guided, slots
+    def pool_with_scores(self, z: Tensor, bags: Bags, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, expected = self.gate.attention_w.out_features, memory.shape[0] if self._per_class(memory) else 1
+        if heads != expected:
+            raise ValueError(f"heads: expected {expected} for this memory and branch, got {heads}")
+        guided, slots = self._scores(z, memory)
+        return (*self.gate.pool_with_scores(bags, guided), slots)
 
 
 def attention_of(scores: Tensor, offsets: Tensor) -> Tensor:

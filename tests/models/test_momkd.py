@@ -276,3 +276,17 @@ def test_reservoir_is_bounded_and_draws_by_mass() -> None:
     assert (rows[:, 0] % 50 != 0).all()
     with pytest.raises(ValueError, match="expected rows, got none"):
         Reservoir(2, 3, 2).rows()
+
+
+@pytest.mark.parametrize("pooling", ["memory", "gated", "both"])
+def test_logits_tell_of_attention_that_is_not_finite(pooling: str) -> None:
+    model, (bags, _) = make(pooling=pooling), batch()
+    assert model(bags).is_finite()
+    bags.features[2] = torch.nan  # of the first slide
+    with torch.inference_mode():
+        made = model(bags)
+    assert not made.is_finite()
+    assert torch.isfinite(made.logits).all(1).tolist() == [False, True, True, True, True]
+    rows = torch.isfinite(made.attention).all(1).split(SIZES)
+    assert [bool(each.all()) for each in rows] == [False, True, True, True, True]
+    assert not made.is_finite()

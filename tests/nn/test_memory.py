@@ -548,8 +548,38 @@ def test_scores_of_gate_and_memory_add(classes: int, branch: str) -> None:
     assert pool.gate.attention_v.weight.grad is not None
 
 
-def test_a_gate_of_other_branches_is_refused() -> None:
+@pytest.mark.parametrize(("classes", "branch"), [(2, "positive"), (3, "per_class")])
+def test_gate_and_memory_in_one_call_are_what_their_scores_pool_to(
+    classes: int, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As written out: the gate alone, the memory alone, and a pooling of the sum of their scores."""
+    batch, bank, z = bags(), filled(classes=classes), torch.randn(28, 8, requires_grad=True)
+    x = batch.features.requires_grad_()
+    heads = 1 if branch == "positive" else classes
+    pool = momkd.nn.GatedMemoryPool(6, 5, heads, 0.3, branch=branch)
+    guided = MemoryGuidedPool(0.3, branch=branch)
+    guided.log_tau = pool.log_tau
+    want_scores = pool.gate.scores(batch) + guided.pool_with_scores(z, batch, bank.memory)[1]
+    want = F.attention_pool(batch, want_scores)
+
+    calls: list[str] = []
+    for name in F.__all__:
+        own = getattr(F, name)
+        monkeypatch.setattr(F, name, lambda *a, name=name, own=own, **k: calls.append(name) or own(*a, **k))
+    pooled, scores, _ = pool.pool_with_scores(z, batch, bank.memory)
+    assert calls == ["memory_similarity", "gated_attention_pool"]
+    assert_close(pooled, want, FORWARD)
+    assert_close(scores, want_scores, FORWARD)
+    weight, leaves = torch.randn_like(want), [z, x, *pool.parameters()]
+    got, exact = (torch.autograd.grad((out * weight).sum(), leaves) for out in (pooled, want))
+    for (name, _), a, b in zip([("z", z), ("x", x), *pool.named_parameters()], got, exact, strict=True):
+        if name != "gate.attention_w.bias":  # softmax does not see it
+            assert_close(a, b, GRADIENT, name)
+
+
+def test_a_gate_of_other_branches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bags, bank = momkd.Bags.from_list([torch.randn(5, 12)]), momkd.nn.MemoryBank(3, 2, 8)
+    monkeypatch.setattr(F, "memory_similarity", None)  # before any work is done
     with pytest.raises(ValueError, match="heads: expected 3 for this memory and branch, got 1"):
         momkd.nn.GatedMemoryPool(12, 6)(torch.randn(5, 8), bags, bank.memory)
 
