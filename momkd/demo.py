@@ -28,11 +28,11 @@ from momkd.metrics import mean_attention_auc, paired_difference
 from momkd.plots import plot_attention, plot_roc
 from momkd.predict import predict_run
 from momkd.predictions import read_predictions
-from momkd.progress import ConsoleReporter, progress_bar
+from momkd.progress import ConsoleReporter
 from momkd.report import ReportFigure, comparison_table, write_report
 from momkd.runs import EXTERNAL, PREDICTIONS, Run
 from momkd.simulate import SimulatedCohort, SimulationConfig, simulate
-from momkd.terminal import say, show, stdout
+from momkd.terminal import progress_bar, say, show, stdout
 
 ARMS = {"ABMIL": "abmil", "MoMKD": "fast"}
 BASELINE = "ABMIL"

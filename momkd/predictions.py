@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_curve
 
 from momkd.bootstrap import Floats, Ints, Rows
 from momkd.data.text import read_text_table
@@ -247,6 +246,8 @@ def youden_threshold(labels: Ints, scores: Floats) -> float | None:
     """
     if len(np.unique(labels)) < 2:
         return None
+    from sklearn.metrics import roc_curve  # a second: only where it is used
+
     equal = tied(scores)
     fpr, tpr, cuts = roc_curve(labels, equal, drop_intermediate=False)  # cuts: inf, then the distinct scores, falling
     upper = cuts[1:-1]

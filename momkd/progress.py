@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from momkd.experiment import Reporter
-from momkd.terminal import note, say
+from momkd.terminal import note, progress_bar, say
 from momkd.train import Progress as TrainingProgress
 
 _SHORT = {
@@ -17,23 +17,6 @@ _SHORT = {
     "soft_angle_omics": "omics angle",
     "reconstruction": "rebuild",
 }
-
-
-def progress_bar(console: Console, *columns: TextColumn) -> Progress:
-    """A bar with a description, a count, the time that passed and the time left; gone when done."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}", markup=False),
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("left", markup=False),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,  # a log file gets the lines alone
-    )
 
 
 class ConsoleReporter(Reporter):
@@ -48,7 +31,7 @@ class ConsoleReporter(Reporter):
         note(text, console=self.console)
 
     def fold_begins(self, fold: int, folds: int, slides: dict[str, int]) -> None:
-        self.bar = progress_bar(self.console, TextColumn("{task.fields[told]}", markup=False))
+        self.bar = progress_bar(self.console, told=True)
         self.bar.start()
         self.task = self.bar.add_task(f"{self.name} fold {fold} ".lstrip(), total=None, told="")
 

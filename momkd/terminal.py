@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.progress import Progress
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -95,3 +96,28 @@ def note(text: object, *, label: str = "note", style: str = "yellow", console: C
 def show(renderable: RenderableType, *, console: Console | None = None) -> None:
     """Print a table."""
     (console or stdout()).print(renderable)
+
+
+def progress_bar(console: Console | None = None, *, told: bool = False) -> Progress:
+    """Return a bar with a description, a count, the time that passed and the time left; gone when done.
+
+    Args:
+        console: to show it on, `stdout()` if nothing else is given.
+        told: each task has a field `told`, shown behind its count.
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    where = console or stdout()
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}", markup=False),
+        *([TextColumn("{task.fields[told]}", markup=False)] if told else []),
+        TimeElapsedColumn(),
+        TextColumn("left", markup=False),
+        TimeRemainingColumn(),
+        console=where,
+        transient=True,
+        disable=not where.is_terminal,  # a log file gets the lines alone
+    )

@@ -61,7 +61,10 @@ from momkd import functional, nn, ops, reference
 all_s = time.process_time() - began
 loaded = sorted({name.split(".")[0] for name in set(sys.modules) - before})
 cuda = torch.cuda.is_initialized() or "momkd._cuda" in sys.modules
-json.dump({"torch": torch_s, "momkd": momkd_s, "all": all_s, "loads": loaded, "cuda": cuda}, sys.stdout)
+import momkd.convert, momkd.predict, momkd.data.cohort, momkd.data.pack, momkd.terminal
+commands = sorted({name.split(".")[0] for name in set(sys.modules) - before})
+told = {"torch": torch_s, "momkd": momkd_s, "all": all_s, "loads": loaded, "cuda": cuda, "commands load": commands}
+json.dump(told, sys.stdout)
 """
 
 
@@ -91,6 +94,7 @@ def test_importing_the_library_is_light_and_starts_nothing() -> None:
     told = in_new_process(LIBRARY)
     assert not (HEAVY - {"torch", "numpy"}) & set(told["loads"])
     assert not told["cuda"]
+    assert not {"sklearn", "scipy", "matplotlib", "triton", "rich"} & set(told["commands load"])
     assert told["momkd"] <= 0.05 * told["torch"], told
     assert told["all"] <= 0.15 * told["torch"], told
 

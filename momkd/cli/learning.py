@@ -31,7 +31,7 @@ from momkd.cli.common import (
     say_skipped,
 )
 from momkd.errors import InputError
-from momkd.terminal import note, printable, say, show, stdout
+from momkd.terminal import note, printable, progress_bar, say, show, stdout
 
 
 @app.command()
@@ -162,11 +162,10 @@ def predict(
 ) -> None:
     """Predict slides from their features alone, by the mean of the folds' models."""
     from momkd.predict import predict_run
-    from momkd.progress import progress_bar
     from momkd.runs import Run
 
     notes: list[str] = []
-    with progress_bar(stdout()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("predict", total=None)
         table, skipped = predict_run(
             Run(run),
@@ -224,10 +223,9 @@ def explain(
 ) -> None:
     """Show what a model looks at: maps of attention, also for QuPath, and the patches behind its prototypes."""
     from momkd.explain import Options, explain_run
-    from momkd.progress import progress_bar
     from momkd.runs import Run
 
-    with progress_bar(stdout()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("explain", total=None)
         made = explain_run(
             Run(run),
@@ -304,7 +302,6 @@ def study(
     Without --features the slides are simulated: from the expression in --omics where it is given, else all of it is.
     """
     from momkd.patients import check_rule
-    from momkd.progress import progress_bar
     from momkd.study import ARMS, choose_arms, run_study, study_results, study_table, write_study_report
     from momkd.study.command import study_of
 
@@ -337,7 +334,7 @@ def study(
         case_from=case_from,
     )
     say(planned.cohort.note, style="bold")
-    with progress_bar(stdout()) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("study", total=len(planned.cells()))
 
         def told(name: str, done: int, total: int) -> None:

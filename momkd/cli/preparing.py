@@ -27,7 +27,7 @@ from momkd.cli.common import (
     say_skipped,
 )
 from momkd.errors import InputError
-from momkd.terminal import note, say, stdout
+from momkd.terminal import note, progress_bar, say
 
 
 @app.command()
@@ -72,13 +72,12 @@ def graph(
     """Make the graphs of patches that the encoder gatv2 sees, once for all runs."""
     from momkd.data.cohort import open_cohort
     from momkd.data.outputs import check_outputs
-    from momkd.progress import progress_bar
 
     check_outputs({"--out": out}, {"the features": features})
     cohort = open_cohort(features, skip_bad=skip_bad, source=str(features), neighbours=neighbours, graphs=out)
     assert cohort.graphs is not None
     edges = 0
-    with progress_bar(stdout()) as bar:
+    with progress_bar() as bar:
         for slide in bar.track(cohort.paths, description="graph"):
             try:
                 edges += cohort.graphs(slide).num_edges
@@ -103,15 +102,12 @@ def pack(
     skip_bad: SkipBad = False,
 ) -> None:
     """Pack feature files into one store that reads faster, for --features. Interrupted packing goes on."""
-    from rich.progress import TextColumn
-
     from momkd.data.pack import pack
     from momkd.data.pack import verify as find_damage
-    from momkd.progress import progress_bar
 
     if verify == (out is not None):
         raise InputError("pack: expected a folder and --out, or a store and --verify; give one of the two")
-    with progress_bar(stdout(), TextColumn("{task.fields[told]}", markup=False)) as bar:
+    with progress_bar(told=True) as bar:
         task = bar.add_task("verify" if verify else "pack", total=None, told="")
         if out is None:
             checked = 0
@@ -182,10 +178,9 @@ def register_simulate() -> None:
 
     def simulate(out: Path, overwrite: bool, **dials: Any) -> None:
         """Write a simulated cohort in TRIDENT layout, and one from other hospitals."""
-        from momkd.progress import progress_bar
         from momkd.simulate import simulate
 
-        with progress_bar(stdout()) as bar:
+        with progress_bar() as bar:
             task = bar.add_task("simulate", total=None)
             made = simulate(
                 out,

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.ensemble import GradientBoostingClassifier
 
 from momkd.data.counts import are_counts, ranges
 from momkd.data.own import Finite, fitted
@@ -112,6 +111,8 @@ class OmicsTransform:
         if select == "importance" and count < len(names) and len(np.unique(classes[classes >= 0])) > 1:
             seen = np.sort(np.argsort(-score, kind="stable")[: max(_LEAST_CANDIDATES, _CANDIDATES * genes)])
             values = (_values(table[classes >= 0], seen, logged) - mean[seen]) / scale[seen]
+            from sklearn.ensemble import GradientBoostingClassifier  # a second: only where it is used
+
             trees = GradientBoostingClassifier(**_TREES, random_state=seed)
             trees.fit(np.clip(values, -clip, clip), classes[classes >= 0])
             importance[seen] = trees.feature_importances_

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
@@ -447,13 +448,13 @@ def test_importance_of_counts_is_that_of_their_logarithms() -> None:
 def test_trees_see_the_best_candidates_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(genes_module, "_LEAST_CANDIDATES", 8)
     seen: list[int] = []
-    real = genes_module.GradientBoostingClassifier.fit
+    real = GradientBoostingClassifier.fit
 
     def fit(self: Any, values: Any, labels: Any) -> Any:
         seen.append(values.shape[1])
         return real(self, values, labels)
 
-    monkeypatch.setattr(genes_module.GradientBoostingClassifier, "fit", fit)
+    monkeypatch.setattr(GradientBoostingClassifier, "fit", fit)
     table, labels = informative()
     assert OmicsTransform.fit(table, labels, genes=1).genes[0] in ("g0", "g1", "g2")
     OmicsTransform.fit(table, labels, genes=3)
