@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from momkd import experiment
+from momkd import experiment, precision
 from momkd.bags import Bags
 from momkd.config import Config
 from momkd.doctor import doctor
@@ -88,8 +88,9 @@ def single(tiny_cohort: SimulatedCohort, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("name", ["AMX", "AVX-512-BF16", ""])
-def test_what_the_cpu_has_decides(processor: Processor, name: str) -> None:
+def test_what_the_cpu_has_decides(processor: Processor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     processor(name)
+    monkeypatch.setattr(precision, "_speed_up", lambda: 2.0)
     assert multiplier(CPU) == name == doctor(show=False).bfloat16
     assert choose("auto", CPU, ENOUGH) is bool(name)
     assert choose("auto", CPU, ENOUGH - 1) is False, "casting costs more than the products save"
@@ -99,6 +100,16 @@ def test_what_the_cpu_has_decides(processor: Processor, name: str) -> None:
     else:
         with pytest.raises(InputError, match=r"^train.amp: expected .* for true, got a CPU without .*; set train.amp="):
             choose(True, CPU, ENOUGH)
+
+
+def test_avx512_bf16_alone_has_to_be_faster(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some processors multiply with it no faster than in float32; by name it is taken there too."""
+    assert precision._speed_up() > 0
+    monkeypatch.setattr(precision, "_speed_up", lambda: 1.1)
+    for name in ("AMX", "AVX-512-BF16"):
+        processor(name)
+        assert choose("auto", CPU, ENOUGH) is (name == "AMX")
+        assert choose(True, CPU, 0)
 
 
 def test_values_of_a_step() -> None:
