@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from momkd import native
 from momkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,10 +29,7 @@ def multiplier(device: torch.device) -> str:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.get_device_name() if torch.cuda.is_bf16_supported(including_emulation=False) else ""
-    for name, feature in (("AMX", "_is_amx_tile_supported"), ("AVX-512-BF16", "_is_avx512_bf16_supported")):
-        if device.type == "cpu" and getattr(torch.cpu, feature, bool)():
-            return name
-    return ""
+    return native.bfloat16_unit() if device.type == "cpu" else ""
 
 
 def choose(amp: bool | str, device: torch.device, values: float) -> bool:

@@ -50,6 +50,14 @@ _MODULES = {
 }
 
 
+def bfloat16_unit() -> str:
+    """Return by what this CPU multiplies bfloat16 faster than float32: "AMX", "AVX-512-BF16", "" where by nothing."""
+    for name, feature in (("AMX", "_is_amx_tile_supported"), ("AVX-512-BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, feature, bool)():
+            return name
+    return ""
+
+
 def kernels(op: str) -> ModuleType:
     """The module that holds the functions of `op`."""
     return importlib.import_module(f"momkd.native.{_MODULES[op]}")

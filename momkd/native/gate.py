@@ -12,13 +12,12 @@ into gradients at the products, of which torch makes those of features and weigh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from momkd.native import DTYPES, bags_of, expect, extension, fresh, laid_out, rows
+from momkd.native import DTYPES, bags_of, bfloat16_unit, expect, extension, fresh, laid_out, rows
 from momkd.native.pooling import attention_pool_backward
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
@@ -27,12 +26,9 @@ BLOCK_BYTES = 4 << 20  # of products that are held at once, about
 LEAST_ROWS = 512  # of a block
 
 
-@cache
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of `dtype` by instructions of its own."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.float32
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bfloat16_unit() != "")
 
 
 class _Gate:
