@@ -102,6 +102,38 @@ def test_results_are_those_of_float32_rounded_once(isa: str, name: str, dtype: t
             assert_close(half, single, FORWARD, f"{name} {i}")
 
 
+@pytest.mark.parametrize("reduce", ["max", "lse"])
+@pytest.mark.parametrize("bank", [(2, 16, 64), (1, 1, 1), (3, 5, 7), (5, 33, 130), (2, 17, 32)])
+def test_similarity_is_that_of_float32(isa: str, bank: tuple[int, int, int], reduce: str) -> None:
+    """Whatever multiplies: cosines as close as those of float32 rows, rows of any length, and each row by itself."""
+    torch.manual_seed(0)
+    z, memory = torch.randn(70, bank[2]).bfloat16(), torch.randn(bank)
+    z[::5] *= torch.logspace(-36, 36, 14)[:, None]
+    z[7], z[11], z[13] = 0, torch.nan, torch.inf
+    got, slots = F.memory_similarity(z, memory, reduce=reduce, backend="native")
+    want, want_slots = F.memory_similarity(z.double(), memory.double(), reduce=reduce, backend="torch")
+    clear = z.isfinite().all(1) & (z != 0).any(1)
+    assert_close(got[clear], want[clear], FORWARD)
+    assert got[[11, 13]].isnan().all()
+    assert (got[7] == (0 if reduce == "max" else want[7].float())).all()
+    if bank[2] > 1:  # else all cosines are ±1
+        assert torch.equal(slots[clear], want_slots[clear])
+    for first, last in ((0, 1), (3, 20), (12, 45), (38, 70)):
+        some, few = F.memory_similarity(z[first:last], memory, reduce=reduce, backend="native")
+        assert torch.equal(some.nan_to_num(9), got[first:last].nan_to_num(9))
+        assert torch.equal(few, slots[first:last])
+
+
+def test_slots_that_are_nan_or_equal(isa: str) -> None:
+    z, memory = torch.randn(40, S).bfloat16(), torch.randn(1, 1, S).repeat(2, 19, 1)
+    assert (F.memory_similarity(z, memory, backend="native")[1] == 0).all()
+    memory[1, 17] = torch.nan
+    value, slots = F.memory_similarity(z, memory, backend="native")
+    assert value[:, 0].isfinite().all()
+    assert value[:, 1].isnan().all()
+    assert (slots[:, 1] == 17).all()
+
+
 def test_rows_may_lie_apart_and_be_of_two_types(isa: str) -> None:
     torch.manual_seed(0)
     edges = graph.knn(torch.rand(N, 2))

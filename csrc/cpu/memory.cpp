@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory_bank.h"
 #include "cpu/memory_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/pool.h"
@@ -22,53 +23,32 @@ void *row_of(void *data, const Rows &like, int64_t i) {
   return data ? static_cast<char *>(data) + i * like.width * item_size(like.type) : nullptr;
 }
 
-// The unit slots, and what they were divided by.
-class UnitBank {
- public:
-  UnitBank(const float *memory, const MemoryShape &shape)
-      : rows_(shape.classes * shape.slots * shape.width),
-        view_{rows_.get(), nullptr, shape.classes, shape.slots, shape.width},
-        grouped_(shape.classes * groups_of(view_) * shape.width * kSlotGroup),
-        norm_(shape.classes * shape.slots) {
-    view_.grouped = grouped_.get();
-    std::fill_n(grouped_.get(), shape.classes * groups_of(view_) * shape.width * kSlotGroup, 0.0f);
-    for (int64_t slot = 0; slot < shape.classes * shape.slots; ++slot) {
-      const float *from = memory + slot * shape.width;
-      double squared = 0;
-      for (int64_t j = 0; j < shape.width; ++j) squared += static_cast<double>(from[j]) * from[j];
-      const double length = std::sqrt(squared);
-      norm_[slot] = length < kUnitEps ? double{kUnitEps} : length;
-      const int64_t k = slot % shape.slots, group = slot / shape.slots * groups_of(view_) + k / kSlotGroup;
-      float *row = rows_.get() + slot * shape.width;
-      float *column = grouped_.get() + group * shape.width * kSlotGroup + k % kSlotGroup;
-      for (int64_t j = 0; j < shape.width; ++j)
-        column[j * kSlotGroup] = row[j] = static_cast<float>(from[j] / norm_[slot]);
-    }
-  }
-  const BankView &view() const { return view_; }
-
-  // The gradient of the memory from that of the unit slots.
-  void pull(const double *d_unit, float *d_memory) const {
-    for (int64_t slot = 0; slot < view_.classes * view_.slots; ++slot) {
-      const float *unit = rows_.get() + slot * view_.width;
-      const double *d = d_unit + slot * view_.width;
-      double radial = 0;
-      for (int64_t j = 0; j < view_.width; ++j) radial += d[j] * unit[j];
-      if (norm_[slot] <= kUnitEps) radial = 0;
-      for (int64_t j = 0; j < view_.width; ++j)
-        d_memory[slot * view_.width + j] = static_cast<float>((d[j] - radial * unit[j]) / norm_[slot]);
-    }
-  }
-
- private:
-  Buffer<float> rows_;
-  BankView view_;
-  Buffer<float> grouped_;
-  Buffer<double> norm_;
-};
-
 constexpr int64_t kRows = BagPieces::kRows;
 constexpr int64_t kWorkspace = int64_t{32} << 20;  // bytes of partial gradients of the memory, at most
+
+// Similarities of rows [first, first + count) and their nearest slots, for one worker with its scratch.
+void reduce_rows(const Rows &z, int64_t first, int64_t count, const UnitBank &bank, float tau,
+                 float *similarity, int32_t *nearest, float *scratch) {
+  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
+  const BankView &view = bank.view();
+#ifdef MOMKD_HAVE_AMX
+  if (bank.packed()) {
+    const AmxTiles tiles;
+    float *products = scratch + scratch_of(view);
+    auto *rows = reinterpret_cast<uint16_t *>(products + kAmxRows * bank.columns());
+    for (int64_t i = 0; i < count; i += kAmxRows) {
+      const int64_t here = std::min(kAmxRows, count - i), at = i * view.classes;
+      const auto *from = static_cast<const uint16_t *>(row_of(z, first + i));
+      amx_products(from, z.stride, here, z.width, bank.packed(), bank.columns(), products, rows);
+      kernels.reduce_products(from, z.stride, here, products, bank.columns(), view, tau, similarity + at,
+                              nearest + at, scratch);
+    }
+    return;
+  }
+#endif
+  kernels.reduce[static_cast<int>(z.type)](row_of(z, first), z.stride, count, view, tau, similarity, nearest,
+                                           scratch);
+}
 
 // The largest similarity of the other classes, and which.
 struct Rival {
@@ -110,17 +90,14 @@ void margins_backward(const float *similarity, const float *d_margin, int64_t cl
 
 void memory_similarity(const Rows &z, const float *memory, const MemoryShape &shape, float tau,
                        float *similarity, int32_t *nearest, int threads) {
-  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
-  const UnitBank bank(memory, shape);
-  const BankView &view = bank.view();
-  const int64_t tasks = (z.n + kRows - 1) / kRows;
+  const UnitBank bank(memory, shape, z.type);
+  const int64_t tasks = (z.n + kRows - 1) / kRows, own_size = bank.scratch();
   const int workers = workers_for(tasks, threads);
-  const Buffer<float> scratch(workers * scratch_of(view));
+  const Buffer<float> scratch(workers * own_size);
   parallel_for(tasks, workers, [&](int64_t task, int worker) {
     const int64_t first = task * kRows, at = first * shape.classes;
-    kernels.reduce[static_cast<int>(z.type)](row_of(z, first), z.stride, std::min(kRows, z.n - first), view,
-                                             tau, similarity + at, nearest + at,
-                                             scratch.get() + worker * scratch_of(view));
+    reduce_rows(z, first, std::min(kRows, z.n - first), bank, tau, similarity + at, nearest + at,
+                scratch.get() + worker * own_size);
   });
 }
 
@@ -216,23 +193,20 @@ void soft_angle_loss_backward(const float *grad, const Rows &z, const float *mem
 void memory_guided_pool(const Rows &z, const Rows &values, const float *memory, const MemoryShape &shape,
                         const GuidedBags &bags, float *pooled, float *attention, int32_t *nearest,
                         int threads) {
-  const MemoryKernels &kernels = MOMKD_KERNELS(memory_rows);
-  const UnitBank bank(memory, shape);
-  const BankView &view = bank.view();
+  const UnitBank bank(memory, shape, z.type);
   const int64_t heads = bags.per_class ? shape.classes : 1;
   const BagPieces pieces(bags.offsets, bags.bags);
   const int64_t tasks = static_cast<int64_t>(pieces.pieces.size());
   const int workers = workers_for(tasks, threads);
-  const int64_t own_size = scratch_of(view) + kRows * shape.classes;
+  const int64_t own_size = bank.scratch() + kRows * shape.classes;
   const Buffer<float> scratch(workers * own_size);
   const Buffer<float> stats(bags.bags * heads * 2);
   PartialPools partial(pieces, values, heads, workers);
   parallel_for(tasks, workers, [&](int64_t task, int worker) {
     const BagPiece &piece = pieces.pieces[static_cast<size_t>(task)];
     const int64_t rows = piece.last - piece.first;
-    float *own = scratch.get() + worker * own_size, *similarity = own + scratch_of(view);
-    kernels.reduce[static_cast<int>(z.type)](row_of(z, piece.first), z.stride, rows, view, 0, similarity,
-                                             nearest + piece.first * shape.classes, own);
+    float *own = scratch.get() + worker * own_size, *similarity = own + bank.scratch();
+    reduce_rows(z, piece.first, rows, bank, 0, similarity, nearest + piece.first * shape.classes, own);
     float *scores = attention + piece.first * heads;
     for (int64_t i = 0; i < rows; ++i) {
       margins(similarity + i * shape.classes, shape.classes, bags.per_class, scores + i * heads);

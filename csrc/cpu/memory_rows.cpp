@@ -17,13 +17,13 @@ const typename Type::stored *row_at(const void *rows, int64_t stride, int64_t i)
 }
 
 inline Vec sqrt_of(Vec v) {
-  Vec root;
+  Vec root = {};
   for (int lane = 0; lane < kWidth; ++lane) root[lane] = __builtin_sqrtf(v[lane]);
   return root;
 }
 
 inline Vec log_of(Vec v) {
-  Vec log;
+  Vec log = {};
   for (int lane = 0; lane < kWidth; ++lane) log[lane] = __builtin_logf(v[lane]);
   return log;
 }
@@ -122,6 +122,13 @@ inline void keep_better(Best &best, Vec value, int64_t slot) {
   best.slot = better ? IntVec{} + static_cast<int32_t>(slot) : best.slot;
 }
 
+// The next slot of a class, whose cosines go to `cosines` (slots, kWidth) unless it is null.
+inline void take_slot(Best &best, Vec cosine, int64_t slot, float *cosines) {
+  if (slot == 0) best = {cosine, IntVec{}};
+  keep_better(best, cosine, slot);
+  if (cosines) Float32::store(cosines + slot * kWidth, cosine);
+}
+
 // Cosines of a tile with every slot of a class, into `cosines` (slots, kWidth) unless it is null.
 inline Best class_cosines(const float *tile, const BankView &bank, int64_t label, Vec inverse,
                           float *cosines) {
@@ -132,12 +139,7 @@ inline Best class_cosines(const float *tile, const BankView &bank, int64_t label
     dot_group(tile, bank.grouped + (label * groups + g) * bank.width * kSlotGroup, bank.width, dot);
     const int64_t first = g * kSlotGroup,
                   count = bank.slots - first < kSlotGroup ? bank.slots - first : kSlotGroup;
-    for (int64_t k = 0; k < count; ++k) {
-      const Vec cosine = dot[k] * inverse;
-      if (first + k == 0) best = {cosine, IntVec{}};
-      keep_better(best, cosine, first + k);
-      if (cosines) Float32::store(cosines + (first + k) * kWidth, cosine);
-    }
+    for (int64_t k = 0; k < count; ++k) take_slot(best, dot[k] * inverse, first + k, cosines);
   }
   return best;
 }
@@ -153,6 +155,24 @@ inline Vec soften(float *cosines, int64_t slots, float tau, Vec top) {
   return total;
 }
 
+// A class of a tile of rows: its reduced value, for lse from all `cosines`, which are lost, and its nearest
+// slot. A lane is written where `wanted` is not 0.
+inline void write_class(const Best &best, float *cosines, int64_t slots, float tau, int64_t rows,
+                        IntVec wanted, int64_t classes, float *value, int32_t *slot) {
+  const Vec reduced =
+      cosines ? best.value + log_of(soften(cosines, slots, tau, best.value)) / tau : best.value;
+  float values[kWidth];
+  int32_t nearest[kWidth], write[kWidth];
+  Float32::store(values, reduced);
+  __builtin_memcpy(nearest, &best.slot, sizeof nearest);
+  __builtin_memcpy(write, &wanted, sizeof write);
+  for (int lane = 0; lane < rows; ++lane)
+    if (write[lane]) {
+      value[lane * classes] = values[lane];
+      slot[lane * classes] = nearest[lane];
+    }
+}
+
 template <typename Type>
 void reduce(const void *z, int64_t stride, int64_t count, const BankView &bank, float tau, float *value,
             int32_t *slot, float *scratch) {
@@ -163,12 +183,61 @@ void reduce(const void *z, int64_t stride, int64_t count, const BankView &bank, 
     const Norm norm = norm_of_tile(scratch, bank.width);
     for (int64_t c = 0; c < bank.classes; ++c) {
       const Best best = class_cosines(scratch, bank, c, norm.inverse, cosines);
-      const Vec reduced =
-          cosines ? best.value + log_of(soften(cosines, bank.slots, tau, best.value)) / tau : best.value;
-      for (int lane = 0; lane < rows; ++lane) {
-        value[(first + lane) * bank.classes + c] = reduced[lane];
-        slot[(first + lane) * bank.classes + c] = best.slot[lane];
+      write_class(best, cosines, bank.slots, tau, rows, IntVec{} + 1, bank.classes,
+                  value + first * bank.classes + c, slot + first * bank.classes + c);
+    }
+  }
+}
+
+// The squared lengths of a tile of rows, one in a lane; the lanes over repeat the last row.
+template <typename Type>
+Vec squares_of(const typename Type::stored *z, int64_t stride, int64_t count, int64_t width) {
+  Vec sums[kWidth];
+  for (int lane = 0; lane < kWidth; ++lane) {
+    const typename Type::stored *row = z + (lane < count ? lane : count - 1) * stride;
+    Vec sum = {};
+    for (int64_t j = 0; j < width; j += kWidth) {
+      const Vec v = load_part<Type>(row + j, width - j);
+      sum += v * v;
+    }
+    sums[lane] = sum;
+  }
+  transpose(sums);
+  Vec total = {};
+  for (const Vec &sum : sums) total += sum;
+  return total;
+}
+
+void reduce_products(const uint16_t *z, int64_t stride, int64_t count, const float *products, int64_t columns,
+                     const BankView &bank, float tau, float *value, int32_t *slot, float *scratch) {
+  float *cosines = tau > 0 ? scratch : nullptr;
+  const int64_t part = summand_columns(bank);
+  for (int64_t first = 0; first < count; first += kWidth) {
+    const int64_t rows = count - first < kWidth ? count - first : kWidth;
+    const uint16_t *tile = z + first * stride;
+    float *values = value + first * bank.classes;
+    int32_t *nearest = slot + first * bank.classes;
+    const Vec squared = squares_of<Bfloat16>(tile, stride, rows, bank.width);
+    // Products of rows that are very long or very short leave float32: those are reduced in registers.
+    const IntVec fine = (squared > 1e-20f) & (squared < 1e30f);
+    bool all = true;
+    for (int lane = 0; lane < rows; ++lane) all &= fine[lane] != 0;
+    if (!all) reduce<Bfloat16>(tile, stride, rows, bank, tau, values, nearest, scratch);
+    const Vec inverse = 1.0f / sqrt_of(squared);
+    for (int64_t c = 0; c < bank.classes; ++c) {
+      Best best = {};
+      for (int64_t begin = 0; begin < bank.slots; begin += kWidth) {
+        Vec dot[kWidth];
+        for (int lane = 0; lane < kWidth; ++lane) {
+          const float *from =
+              products + (first + (lane < rows ? lane : 0)) * columns + c * padded_slots(bank) + begin;
+          dot[lane] = Float32::load(from) + (Float32::load(from + part) + Float32::load(from + 2 * part));
+        }
+        transpose(dot);
+        const int64_t slots = bank.slots - begin < kWidth ? bank.slots - begin : kWidth;
+        for (int64_t k = 0; k < slots; ++k) take_slot(best, dot[k] * inverse, begin + k, cosines);
       }
+      write_class(best, cosines, bank.slots, tau, rows, fine, bank.classes, values + c, nearest + c);
     }
   }
 }
@@ -353,6 +422,7 @@ void pull_lse(const void *z, int64_t stride, int64_t count, const BankView &bank
 extern const MemoryKernels MOMKD_CONCAT(memory_rows_, MOMKD_ISA);
 const MemoryKernels MOMKD_CONCAT(memory_rows_, MOMKD_ISA) = {
     {reduce<Float32>, reduce<Float16>, reduce<Bfloat16>},
+    reduce_products,
     {chosen<Float32>, chosen<Float16>, chosen<Bfloat16>},
     {pull_max<Float32>, pull_max<Float16>, pull_max<Bfloat16>},
     {pull_lse<Float32>, pull_lse<Float16>, pull_lse<Bfloat16>}};

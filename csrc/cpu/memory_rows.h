@@ -19,6 +19,13 @@ struct BankView {
 // Static, so that every file has its own copy: see simd.h.
 static inline int64_t groups_of(const BankView &bank) { return (bank.slots + kSlotGroup - 1) / kSlotGroup; }
 
+// Of products with slots that are kSummands numbers each: columns of a class, and of a summand, whole tiles.
+constexpr int kSummands = 3;
+static inline int64_t padded_slots(const BankView &bank) { return (bank.slots + 15) / 16 * 16; }
+static inline int64_t summand_columns(const BankView &bank) {
+  return (bank.classes * padded_slots(bank) + 31) / 32 * 32;
+}
+
 // Floats of scratch that a kernel wants: three tiles of rows, and the cosines of a class with a tile, twice.
 static inline int64_t scratch_of(const BankView &bank) {
   return kMostLanes * (3 * bank.width + 2 * groups_of(bank) * kSlotGroup);
@@ -28,6 +35,10 @@ struct MemoryKernels {
   // value[i · classes + c] and slot[...] for i < count; tau as in memory_similarity.
   void (*reduce[3])(const void *z, int64_t stride, int64_t count, const BankView &bank, float tau,
                     float *value, int32_t *slot, float *scratch);
+  // The same of bfloat16 rows whose products with the slots are there: (count, columns).
+  void (*reduce_products)(const uint16_t *z, int64_t stride, int64_t count, const float *products,
+                          int64_t columns, const BankView &bank, float tau, float *value, int32_t *slot,
+                          float *scratch);
   // cosine[i · classes + c] of the given slots.
   void (*chosen[3])(const void *z, int64_t stride, int64_t count, const BankView &bank, const int32_t *slot,
                     float *cosine, float *scratch);
