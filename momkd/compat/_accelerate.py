@@ -8,7 +8,7 @@ differ is left alone: a layout tells what a model looks like, not what it comput
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momkd.compat._gate import find_block, read
-from momkd.compat._layouts import LAYOUTS, Call, Layout
+from momkd.compat._gate import GATED, UNGATED, ScoreBlock, find_block, read
+from momkd.compat._layouts import GATES, LAYOUTS, Call, Layout
 from momkd.compat._load import DropIn
 from momkd.errors import InputError
 
@@ -60,7 +60,9 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Let momkd's ops compute the MIL models inside `model`, in place.
 
-    Models are found by the names and shapes of their parts, whatever library or file they come from. Parameters stay
+    Models are found by the names and shapes of their parts, whatever library or file they come from. So are gates whose
+    softmax is in a forward of one's own: their scores are then made by `gated_attention_scores`, and they return what
+    they returned before. Parameters stay
     the same objects, so that optimizers, hooks and distributed wrappers stay valid; `state_dict`, `copy.deepcopy` and
     pickling work as before. What is swapped also takes `Bags`. Dropout is read from the model's own modules.
 
@@ -83,7 +85,7 @@ def accelerate(model: nn.Module) -> Report:
     left: list[Left] = []
     done: list[str] = []  # names of what momkd computes
     for name, module in list(model.named_modules()):
-        if isinstance(module, DropIn) or _layout_of(module) is not None:
+        if isinstance(module, (DropIn, ScoreBlock)) or _layout_of(module) is not None:
             done.append(name)
             left.append(Left(name, type(module).__name__, "computed by momkd already"))
         elif not any(_inside(name, outer) for outer in done):
@@ -96,6 +98,7 @@ def accelerate(model: nn.Module) -> Report:
     report = Report(tuple(swapped), tuple(s for s in left if not _covered(s, done)))
     if not swapped and not any(_layout_of(m) is not None for m in model.modules()):
         looked = "; ".join(f"{layout.name} ({', '.join(layout.marks)})" for layout in LAYOUTS)
+        looked += f"; a gate alone ({'; '.join([*(', '.join(names) for names in GATED), *UNGATED])})"
         found = f"\nwhat came near:\n{report}" if report.left else ""
         raise InputError(
             f"accelerate: expected a model with a part that momkd can compute, got {type(model).__name__} with none; "
@@ -129,11 +132,10 @@ def _covered(left: Left, done: list[str]) -> bool:
 
 
 def _try(name: str, module: nn.Module) -> Swap | Left | None:
-    reasons = []
+    reasons: dict[str, str] = {}  # the first layout by what speaks against it
     kind = type(module).__name__
-    for layout in LAYOUTS:
-        if not all(_has(module, mark) for mark in layout.marks):
-            continue
+    layouts = _near(module, LAYOUTS) or (_near(module, GATES) if _tanh(module) else [])
+    for layout in layouts:
         reason = _why_not(module, layout)
         if reason is None:
             told = [r for r in map(read, layout.blocks(module)) if isinstance(r, str)]
@@ -141,10 +143,14 @@ def _try(name: str, module: nn.Module) -> Swap | Left | None:
             note = note if layout.blocks(module) else "pooled by attention_pool"
             module.__class__ = _subclass(type(module), layout.name)
             return Swap(name, kind, layout.name, note)
-        reasons.append(f"looks like {layout.name}, but {reason}")
-    if not reasons and find_block(module) is not None and _tanh(module):
-        reasons.append("scores alone: the softmax and the pooling, where the gain is, are its caller's")
-    return Left(name, kind, "; ".join(reasons)) if reasons else None
+        reasons.setdefault(reason, layout.name)
+    told = [f"looks like {layout}, but {reason}" for reason, layout in reasons.items()]
+    return Left(name, kind, "; ".join(told)) if told else None
+
+
+def _near(module: nn.Module, layouts: Iterable[Layout]) -> list[Layout]:
+    """The layouts whose attributes the module has."""
+    return [layout for layout in layouts if all(_has(module, mark) for mark in layout.marks)]
 
 
 def _has(module: nn.Module, mark: str) -> bool:
@@ -170,8 +176,9 @@ def _why_not(module: nn.Module, layout: Layout) -> str | None:
         return reason
     for name, method in layout.methods.items():
         own, ours = (list(inspect.signature(m).parameters) for m in (getattr(type(module), name), method))
-        if own != ours:
-            return f"its {name} takes ({', '.join(own)}), not ({', '.join(ours)})"
+        if own != ours and not (layout.any_name and len(own) == 2):
+            wanted = "one argument" if layout.any_name else f"({', '.join(ours)})"
+            return f"its {name} takes ({', '.join(own)}), not {wanted}"
         if name in vars(module):
             return f"its {name} was replaced on the object itself"
     return _disagreement(module, layout)
@@ -204,7 +211,10 @@ def _disagreement(module: nn.Module, layout: Layout) -> str | None:
 
 def _compare(own: Callable[..., Any], ours: Callable[..., Any], module: nn.Module, call: Call) -> str | None:
     args, options = call
-    want, got = (list(_tensors(f(module, *args, **options))) for f in (own, ours))
+    results = [f(module, *args, **options) for f in (own, ours)]
+    if type(results[0]) is not type(results[1]):
+        return f"a {type(results[0]).__name__}, momkd's a {type(results[1]).__name__}"
+    want, got = (list(_tensors(result)) for result in results)
     if [t.shape for t in want] != [t.shape for t in got]:
         return f"shapes {[tuple(t.shape) for t in want]}, momkd's {[tuple(t.shape) for t in got]}"
     for w, g in zip(want, got, strict=True):
@@ -244,7 +254,7 @@ def _subclass(original: type[nn.Module], layout: str) -> Any:
 
 
 def _make(original: Any, layout: str) -> Any:
-    methods = next(known.methods for known in LAYOUTS if known.name == layout)
+    methods = next(known.methods for known in (*LAYOUTS, *GATES) if known.name == layout)
     body = {
         **methods,
         "_momkd_layout": layout,

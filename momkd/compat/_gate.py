@@ -1,8 +1,8 @@
-"""The block that scores patches, as the projects write it, and its pooling by momkd's ops.
+"""The block that scores patches, as the projects write it, alone or with its pooling, by momkd's ops.
 
 A block is a tanh branch, perhaps a σ branch, and a linear layer on their product. Where it is the block that
-`gated_attention_pool` computes, and that is quicker here, one op makes scores and pooled vectors. Where it isn't
-(another activation, dropout before it), the modules make the scores and `attention_pool` pools.
+`gated_attention_pool` computes, and that is quicker here, one op makes scores and pooled vectors, or the scores alone.
+Where it isn't (another activation, dropout before it), the modules make the scores and `attention_pool` pools.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from momkd import dispatch, functional
-from momkd.compat._rows import Rows
+from momkd.bags import Bags
+from momkd.compat._rows import Rows, even_offsets
+from momkd.reference.gated_attention_pool import GateParameters
 
 # How the projects name the three parts.
 GATED = (
@@ -122,21 +124,49 @@ def pool(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
     if isinstance(branches, str) or not fused_is_quicker(rows.x, rows.offsets, branches[0].linear.weight):
         scores = block.scores(rows.x)
         return pool_by_scores(rows, rows.x, scores), scores
-    v, gate = branches
-    u, out = gate and gate.linear, cast(nn.Linear, block.out)
     pooled, scores = functional.gated_attention_pool(
-        rows.x,
-        rows.offsets,
-        v.linear.weight,
-        v.linear.bias,
-        None if u is None else u.weight,
-        None if u is None else u.bias,
-        out.weight,
-        out.bias,
-        dropout_p=v.dropout,
-        return_scores=True,
+        rows.x, rows.offsets, *_parameters(branches, block), dropout_p=branches[0].dropout, return_scores=True
     )
     return pooled, scores.to(pooled.dtype)
+
+
+def scores_of(x: Tensor, block: Block) -> Tensor:
+    """Patches (..., L) -> scores before softmax (..., H), in the dtype that the modules give."""
+    branches, rows = read(block), x.reshape(-1, x.shape[-1])
+    if isinstance(branches, str):
+        return block.scores(x)
+    if not fused_is_quicker(rows, even_offsets(1, len(rows), x.device), branches[0].linear.weight):
+        return block.scores(x)
+    scores = functional.gated_attention_scores(rows, *_parameters(branches, block), dropout_p=branches[0].dropout)
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return scores.to(dtype).view(*x.shape[:-1], scores.shape[1])
+
+
+def _parameters(branches: tuple[Branch, Branch | None], block: Block) -> GateParameters:
+    v, u, out = branches[0].linear, branches[1] and branches[1].linear, cast(nn.Linear, block.out)
+    weight, bias = (None, None) if u is None else (u.weight, u.bias)
+    return GateParameters(v.weight, v.bias, weight, bias, out.weight, out.bias)
+
+
+class ScoreBlock(nn.Module):
+    """The base of the drop-ins of blocks: (..., L) -> scores before softmax (..., H)."""
+
+    def forward(self, x: Tensor) -> Any:
+        return scores_of(x, block_of(self))
+
+
+def forward_alone(self: nn.Module, *x: Tensor | Bags, **by_name: Tensor | Bags) -> Tensor:
+    """The forward of a block of others, whatever the name of its one argument: scores (..., H), of `Bags` (N, H)."""
+    (rows,) = *x, *by_name.values()
+    return scores_of(rows.features if isinstance(rows, Bags) else rows, block_of(self))
+
+
+def forward_with_input(self: nn.Module, *x: Tensor | Bags, **by_name: Tensor | Bags) -> tuple[Tensor, Tensor | Bags]:
+    """As `forward_alone`, and what was given, as CLAM's `Attn_Net` and `Attn_Net_Gated` return it."""
+    (rows,) = *x, *by_name.values()
+    return forward_alone(self, rows), rows
 
 
 def find_block(module: nn.Module) -> Block | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from momkd.compat import attention_deep_mil, clam, dsmil, dtfd, eva, mil_lab, torchmil, trident
-from momkd.compat._gate import Block, block_of, find_block
+from momkd.compat._gate import Block, block_of, find_block, forward_alone, forward_with_input, read
 from momkd.compat._rows import row_wise
 
 Draw = Callable[..., Tensor]
@@ -28,6 +28,7 @@ class Layout:
         unfit: why a module with these marks has another layout after all, or None.
         blocks: its blocks that score patches.
         probe: calls of the first method on random inputs, made by `draw(*shape)`.
+        any_name: the methods take one argument, and don't mind how the module's own call it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Layout:
     unfit: Callable[[Any], str | None]
     blocks: Callable[[Any], list[Block]]
     probe: Callable[[Any, Draw], Iterator[Call]]
+    any_name: bool = False
 
 
 def _no_block(module: nn.Module) -> str | None:
@@ -130,6 +132,36 @@ def _dsmil_probe(module: Any, draw: Draw) -> Iterator[Call]:
     yield (draw(9, module.fcc.kernel_size[0]), draw(9, module.fcc.in_channels)), {}
 
 
+def _gate_unfit(module: Any) -> str | None:
+    block = block_of(module)
+    told = read(block)
+    if isinstance(told, str):
+        return told
+    layers = (*block.value, *(block.gate or ()), block.out)
+    known = {id(part) for layer in layers for part in (layer, *layer.parameters())}
+    others = [name for name, part in module.named_modules() if not list(part.children()) and id(part) not in known]
+    others += [name for name, parameter in module.named_parameters() if id(parameter) not in known]
+    return f"it has other parts too: {', '.join(others)}" if others else None
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    try:
+        module.forward(x)
+    except Exception:
+        return False
+    return True
+
+
+def _gate_probe(module: Any, draw: Draw) -> Iterator[Call]:
+    width = block_of(module).width
+    padded = draw(2, 5, width)
+    yield (draw(9, width),), {}
+    if _runs(module, padded):
+        yield (padded,), {}
+    module.training = True  # its layers stay as they are: only what it drops by itself differs
+    yield (draw(9, width),), {}
+
+
 def _forward(drop_in: Any) -> dict[str, Callable[..., Any]]:
     return {"forward": drop_in.forward}
 
@@ -198,5 +230,35 @@ LAYOUTS = (
         lambda m: None,
         lambda m: [],
         _dsmil_probe,
+    ),
+)
+
+# Blocks whose softmax and pooling are their caller's, told by `find_block`: what they return says which it is.
+GATES = (
+    Layout(
+        "CLAM's Attn_Net or Attn_Net_Gated",
+        (),
+        {"forward": forward_with_input},
+        _gate_unfit,
+        lambda m: [block_of(m)],
+        _gate_probe,
+        any_name=True,
+    ),
+    Layout(
+        "a gate that returns its scores",
+        (),
+        {"forward": forward_alone},
+        _gate_unfit,
+        lambda m: [block_of(m)],
+        _gate_probe,
+        any_name=True,
+    ),
+    Layout(
+        "DTFD-MIL's Attention_Gated",
+        ("attention_V", "attention_U", "attention_weights"),
+        _forward(dtfd.Attention_Gated),
+        _gate_unfit,
+        lambda m: [block_of(m)],
+        lambda m, draw: iter([((draw(9, block_of(m).width),), {}), ((draw(9, block_of(m).width), False), {})]),
     ),
 )

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from momkd.bags import Bags
 from momkd.compat import _clam_instances as instances
-from momkd.compat._gate import block_of, pool
+from momkd.compat._gate import ScoreBlock, block_of, pool, scores_of
 from momkd.compat._load import DropIn
 from momkd.compat._rows import one_bag
 from momkd.reference.segments import accumulate_dtype
 
 
-class Attn_Net(nn.Module):
+class Attn_Net(ScoreBlock):
     """Scores without a gate: (N, L) -> scores (N, n_classes) and the input, as CLAM's."""
 
     def __init__(self, L: int = 1024, D: int = 256, dropout: bool = False, n_classes: int = 1) -> None:
@@ -24,10 +24,10 @@ class Attn_Net(nn.Module):
         self.module = nn.Sequential(nn.Linear(L, D), nn.Tanh(), *between, nn.Linear(D, n_classes))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.module(x), x
+        return scores_of(x, block_of(self)), x
 
 
-class Attn_Net_Gated(nn.Module):
+class Attn_Net_Gated(ScoreBlock):
     """Scores with a gate: (N, L) -> scores (N, n_classes) and the input, as CLAM's."""
 
     def __init__(self, L: int = 1024, D: int = 256, dropout: bool = False, n_classes: int = 1) -> None:
@@ -38,7 +38,7 @@ class Attn_Net_Gated(nn.Module):
         self.attention_c = nn.Linear(D, n_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return block_of(self).scores(x), x
+        return scores_of(x, block_of(self)), x
 
 
 class CLAM_SB(DropIn):
@@ -126,7 +126,7 @@ class CLAM_SB(DropIn):
         for layer in encoder:
             rows = rows._replace(x=layer(rows.x))
         if attention_only:
-            return block_of(net).scores(rows.x).T
+            return scores_of(rows.x, block_of(net)).T
         pooled, scores = pool(rows, block_of(net))
         if isinstance(self.classifiers, nn.ModuleList):  # a branch and a classifier a class
             logits = torch.cat([layer(pooled[:, c]) for c, layer in enumerate(self.classifiers)], 1)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from momkd.bags import Bags
-from momkd.compat._gate import block_of, pool
+from momkd.compat._gate import block_of, pool, scores_of
 from momkd.compat._load import DropIn
 from momkd.compat._rows import one_bag
 
@@ -71,7 +71,7 @@ class Attention_Gated(DropIn):
     def forward(self, x: Tensor | Bags, isNorm: bool = True) -> Tensor:
         """One bag (N, L), or `Bags` -> (K, N): summing to one in each bag, or before softmax if not `isNorm`."""
         rows = one_bag(x)
-        scores = block_of(self).scores(rows.x)
+        scores = scores_of(rows.x, block_of(self))
         return (rows.softmax(scores) if isNorm else scores).T
 
     def pool(self, x: Tensor | Bags) -> tuple[Tensor, Tensor]:

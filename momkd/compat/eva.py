@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from momkd.bags import Bags
-from momkd.compat._gate import block_of, pool
+from momkd.compat._gate import ScoreBlock, block_of, pool
 from momkd.compat._load import DropIn
 from momkd.compat._rows import padded
 
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         return out
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(ScoreBlock):
     """Scores (..., L) -> (..., n_classes). With dropout on, its place is one the fused op has not: torch makes them."""
 
     def __init__(
@@ -40,9 +40,6 @@ class GatedAttention(nn.Module):
             linear = nn.Linear(input_dim, hidden_dim, bias=use_bias)
             self.add_module(name, nn.Sequential(linear, nn.Dropout(dropout), activation))
         self.attention_c = nn.Linear(hidden_dim, n_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return block_of(self).scores(x)
 
 
 class ABMIL(DropIn):

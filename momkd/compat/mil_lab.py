@@ -8,23 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from momkd.bags import Bags
-from momkd.compat._gate import block_of, pool
+from momkd.compat._gate import ScoreBlock, block_of, pool, scores_of
 from momkd.compat._load import DropIn
 from momkd.compat._rows import padded
 
 
-class GlobalAttention(nn.Module):
+class GlobalAttention(ScoreBlock):
     """Scores without a gate, (..., L) -> (..., num_classes)."""
 
     def __init__(self, L: int = 1024, D: int = 256, dropout: float = 0.0, num_classes: int = 1) -> None:
         super().__init__()
         self.module = nn.Sequential(nn.Linear(L, D), nn.Tanh(), nn.Dropout(dropout), nn.Linear(D, num_classes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return block_of(self).scores(x)
 
-
-class GlobalGatedAttention(nn.Module):
+class GlobalGatedAttention(ScoreBlock):
     """Scores with a gate, (..., L) -> (..., num_classes)."""
 
     def __init__(self, L: int = 1024, D: int = 256, dropout: float = 0.0, num_classes: int = 1) -> None:
@@ -32,9 +29,6 @@ class GlobalGatedAttention(nn.Module):
         self.attention_a = nn.Sequential(nn.Linear(L, D), nn.Tanh(), nn.Dropout(dropout))
         self.attention_b = nn.Sequential(nn.Linear(L, D), nn.Sigmoid(), nn.Dropout(dropout))
         self.attention_c = nn.Linear(D, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return block_of(self).scores(x)
 
 
 class ABMIL(DropIn):
@@ -92,7 +86,7 @@ class ABMIL(DropIn):
         """
         rows = padded(h, attn_mask)
         rows = rows._replace(x=self.patch_embed(rows.x))
-        scores = block_of(self.global_attn).scores(rows.x)
+        scores = scores_of(rows.x, block_of(self.global_attn))
         attention = rows.back(scores, torch.finfo(scores.dtype).min).transpose(-2, -1)
         return attention if attn_only else (rows.back(rows.x), attention)
 

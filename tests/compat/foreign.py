@@ -161,6 +161,48 @@ class PlainMILNet(nn.Module):
         return c, *self.b_classifier(feats, c)
 
 
+class PlainGate(nn.Module):
+    """CLAM's Attn_Net_Gated."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__()
+        adopt(self, clam.Attn_Net_Gated(*sizes, **options))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attention_c(self.attention_a(x).mul(self.attention_b(x))), x
+
+
+class PlainNet(nn.Module):
+    """CLAM's Attn_Net."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__()
+        adopt(self, clam.Attn_Net(*sizes, **options))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.module(x), x
+
+
+class PlainScores(PlainGate):
+    """Scores alone, of rows that have another name."""
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        scores: Tensor = super().forward(features)[0]
+        return scores
+
+
+class PlainAttentionGated(nn.Module):
+    """DTFD-MIL's Attention_Gated."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        adopt(self, dtfd.Attention_Gated(*sizes))
+
+    def forward(self, x: Tensor, isNorm: bool = True) -> Tensor:
+        scores = torch.transpose(self.attention_weights(self.attention_V(x) * self.attention_U(x)), 1, 0)
+        return torch.softmax(scores, 1) if isNorm else scores
+
+
 class Sharper(PlainCLAM):
     """The layout of CLAM, but a softmax of its own: not to be swapped."""
 
@@ -191,7 +233,7 @@ class Survival(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = clam.Attn_Net_Gated(8, 4)
+        self.block = PlainGate(8, 4)
         self.risk = nn.Linear(8, 1)
 
     def forward(self, x: Tensor) -> Tensor:

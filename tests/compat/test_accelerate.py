@@ -149,13 +149,13 @@ def test_inside_others_and_twice() -> None:
         {"a": foreign.PlainCLAM(embed_dim=8), "b": foreign.Survival(), "c": clam.CLAM_SB(embed_dim=8)}
     )
     report = accelerate(whole)
-    assert [(s.name, s.type) for s in report.swapped] == [("a", "PlainCLAM")]
-    assert {s.name: s.reason[:13] for s in report.left} == {"b.block": "scores alone:", "c": "computed by m"}
+    assert [(s.name, s.type) for s in report.swapped] == [("a", "PlainCLAM"), ("b.block", "PlainGate")]
+    assert {s.name: s.reason for s in report.left} == {"c": "computed by momkd already"}
     assert "swapped  a: PlainCLAM, CLAM's CLAM_SB or CLAM_MB; one op where that is quicker" in str(report)
     again = accelerate(whole)
     assert not again.swapped
     assert "left     a: PlainCLAM; computed by momkd already" in str(again)
-    assert restore(whole) == ("a",)
+    assert restore(whole) == ("a", "b.block")
 
 
 def test_notes_say_what_is_fused() -> None:
@@ -188,7 +188,10 @@ def test_a_model_that_computes_something_else_is_left() -> None:
     ("make", "told"),
     [
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.Tanh()), "got Sequential with none; looked for.*CLAM's CLAM_SB"),
-        (foreign.Survival, "what came near:\nleft     block: Attn_Net_Gated; scores alone"),
+        (
+            lambda: clam.Attn_Net_Gated(8, 4),
+            "what came near:\nleft     .the model.: Attn_Net_Gated; computed by momkd already",
+        ),
         (
             lambda: foreign.OtherSignature(embed_dim=8),
             r"its forward takes \(self, h, temperature\), not \(self, h, label",
@@ -226,6 +229,14 @@ def test_own_instance_loss_is_kept() -> None:
     accelerate(model)
     *_, results = model(torch.randn(9, 8), label=torch.tensor([0]), instance_eval=True)
     assert results["instance_loss"] == 7
+
+
+def test_a_compiled_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, "fused_is_quicker", lambda *tensors: True)
+    gate, x = foreign.PlainGate(8, 4).eval(), torch.randn(20, 8)
+    want = gate(x)
+    accelerate(gate)
+    assert_same(torch.compile(gate, backend="aot_eager", fullgraph=True)(x), want)
 
 
 def test_compiled() -> None:
