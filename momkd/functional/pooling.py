@@ -162,6 +162,8 @@ def _plain_is_quicker(
     assert x is not None
     if dropout_p > 0 or x.shape[0] == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
+    if any(t is not None and t.dtype != x.dtype for t in gate):  # torch's product takes one dtype
+        return False
     args = (x, w_v, w_u, w_a) if offsets is None else (x, offsets, w_v, w_u, w_a)
     return dispatch.plain_form(op, backend, args)
 

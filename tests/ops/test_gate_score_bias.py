@@ -154,6 +154,25 @@ def test_scores_alone_in_half_precision(dtype: torch.dtype, backend: str) -> Non
         assert cosine(mine, right) >= 0.999, name
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_features_with_float32_parameters(dtype: torch.dtype) -> None:
+    """By the backend that is taken for one small bag, with and without the pooling."""
+    made = arguments((9,))
+    half = made | {"x": made["x"].detach().to(dtype).requires_grad_()}
+    exact = doubled(half)
+    (pooled, scores), (want, want_scores) = fused(half, (9,)), naive(exact, (9,))
+    alone = scores_of(half)
+    assert pooled.dtype == dtype
+    for got in (scores, alone):
+        assert got.dtype == torch.float32
+        assert_close(got, want_scores, 2 * torch.finfo(dtype).eps)
+    assert_close(pooled, want, 2 * torch.finfo(dtype).eps)
+    d_alone, d_want = gradients(alone.sum(), half), gradients(want_scores.sum(), exact)
+    for name, mine, right in zip(half, d_alone, d_want, strict=True):
+        assert mine.dtype == half[name].dtype
+        assert cosine(mine, right) >= 0.999, name
+
+
 def test_scores_alone_by_opcheck_and_compile() -> None:
     made, options = arguments((5,)), {"dropout_p": 0.5, "seed": 3}
     values = [made[name] for name in NAMES]
