@@ -25,9 +25,9 @@ void accumulate(uintptr_t z, int type, int64_t n, int64_t s, int64_t row_stride,
   const EmaRows rows = rows_of(z, type, n, s, row_stride, row_class, weights, normalize);
   check_bank(c, k);
   py::gil_scoped_release release;
-  check_labels("row_class", rows.row_class, rows.n, c);
-  ema_accumulate(rows, pointer<const float>(memory), c, k, threads, pointer<float>(sums),
-                 pointer<float>(mass), pointer<int32_t>(assignments));
+  if (!ema_accumulate(rows, pointer<const float>(memory), c, k, threads, pointer<float>(sums),
+                      pointer<float>(mass), pointer<int32_t>(assignments)))
+    check_labels("row_class", rows.row_class, rows.n, c);  // says which
 }
 
 void apply(uintptr_t memory, uintptr_t usage, uintptr_t sums, uintptr_t mass, int64_t c, int64_t k, int64_t s,
@@ -44,9 +44,9 @@ void scatter(uintptr_t z, int type, int64_t n, int64_t s, int64_t row_stride, ui
   const EmaRows rows = rows_of(z, type, n, s, row_stride, row_class, weights, normalize);
   check_bank(c, k);
   py::gil_scoped_release release;
-  check_labels("row_class", rows.row_class, rows.n, c);
-  ema_scatter(rows, pointer<float>(memory), c, k, pointer<float>(usage), momentum,
-              pointer<int32_t>(assignments), threads);
+  if (!ema_scatter(rows, pointer<float>(memory), c, k, pointer<float>(usage), momentum,
+                   pointer<int32_t>(assignments), threads))
+    check_labels("row_class", rows.row_class, rows.n, c);  // says which
 }
 
 }  // namespace

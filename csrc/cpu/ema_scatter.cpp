@@ -77,6 +77,7 @@ struct Walker {
   std::vector<float> row;       // (S,): one whose squared length leaves float32
   Buffer<float> block, spare;   // of the kernels
   const char *ahead = nullptr;  // the first row not yet asked for
+  bool classes_fit = true;
 };
 
 class Accumulation {
@@ -98,6 +99,7 @@ class Accumulation {
       const int64_t label = row_class[i];
       if (label < 0 || label >= classes) {
         assignments_[i] = -1;
+        walker.classes_fit &= label == -1;
         continue;
       }
       const int count = filled[label]++;
@@ -181,14 +183,14 @@ class Accumulation {
 
 }  // namespace
 
-void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
+bool ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
                     float *mass, int32_t *assignments) {
   const int64_t slots = c * k, s = rows.s;
   const Chunks chunks(rows.n, c, k, s);
   if (chunks.count == 0) {
     std::fill_n(sums, slots * s, 0.0f);
     std::fill_n(mass, slots, 0.0f);
-    return;
+    return true;
   }
   const EmaRowKernels &kernels = MOMKD_KERNELS(ema_rows);
   const Bank bank(memory, c, k, s, kernels.width);
@@ -228,6 +230,7 @@ void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t
       }
     }
   }
+  return std::all_of(walkers.begin(), walkers.end(), [](const Walker &walker) { return walker.classes_fit; });
 }
 
 void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k,
@@ -257,11 +260,12 @@ void ema_apply(float *memory, float *usage, const float *sums, const float *mass
   }
 }
 
-void ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
+bool ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
                  int32_t *assignments, int threads) {
   const Buffer<float> sums(c * k * rows.s), mass(c * k);
-  ema_accumulate(rows, memory, c, k, threads, sums.get(), mass.get(), assignments);
+  if (!ema_accumulate(rows, memory, c, k, threads, sums.get(), mass.get(), assignments)) return false;
   ema_apply(memory, usage, sums.get(), mass.get(), c, k, rows.s, momentum, threads);
+  return true;
 }
 
 }  // namespace momkd

@@ -26,16 +26,18 @@ struct EmaRows {
 
 // sums (C, K, S), mass (C, K) and assignments (N,) are overwritten. A row with a class outside [0, C) or with
 // a value that is not finite gets assignment −1 and brings nothing; so does a weight that is not finite or
-// not positive, whose row keeps its assignment. Bit-identical for any number of threads.
-void ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
+// not positive, whose row keeps its assignment. Bit-identical for any number of threads. False where a class
+// lies outside [−1, C).
+bool ema_accumulate(const EmaRows &rows, const float *memory, int64_t c, int64_t k, int threads, float *sums,
                     float *mass, int32_t *assignments);
 
 // memory (C, K, S) and usage (C, K) in place.
 void ema_apply(float *memory, float *usage, const float *sums, const float *mass, int64_t c, int64_t k,
                int64_t s, double momentum, int threads);
 
-// Both, with a workspace of its own.
-void ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
+// Both, with a workspace of its own. False, and memory and usage are left alone, where a class lies outside
+// [−1, C).
+bool ema_scatter(const EmaRows &rows, float *memory, int64_t c, int64_t k, float *usage, double momentum,
                  int32_t *assignments, int threads);
 
 }  // namespace momkd

@@ -74,12 +74,12 @@ def memory(tensor: Tensor, width: int | None = None) -> None:
         raise ValueError(f"memory: expected at least one class, slot and column, got {tuple(tensor.shape)}")
 
 
-def labels(name: str, tensor: Tensor, rows: int, classes: int) -> None:
-    """int64 (rows,); values are looked at on the host only: −1 for none, else under `classes`."""
+def labels(name: str, tensor: Tensor, rows: int, classes: int, *, values: bool = True) -> None:
+    """int64 (rows,); with `values`, those are looked at, on the host only: −1 for none, else under `classes`."""
     shape(name, tensor, (rows,), "(N,)" if name == "row_class" else "(B,)")
     if tensor.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64, got {tensor.dtype}; use {name}.long()")
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+    if not values or tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
     low, high = (int(end) for end in tensor.aminmax())
     if low < -1 or high >= classes:

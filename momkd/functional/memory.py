@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from momkd import ops, reference
+from momkd.dispatch import choose
 from momkd.functional import _validate as check
 
 
@@ -100,15 +101,21 @@ def soft_angle_loss(
     return total if reduction == "sum" else total / (labels >= 0).sum().clamp_min(1)
 
 
-def _check_rows(memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None) -> None:
+def _check_rows(
+    memory: Tensor, z: Tensor, row_class: Tensor, weights: Tensor | None, op: str = "", backend: str | None = None
+) -> None:
     check.memory(memory)
     check.shape("z", z, (None, memory.shape[2]), "(N, S)")
     check.floating("z", z)
-    check.labels("row_class", row_class, z.shape[0], memory.shape[0])
+    check.labels("row_class", row_class, z.shape[0], memory.shape[0], values=False)
     if weights is not None:
         check.shape("weights", weights, (z.shape[0],), "(N,)")
         check.floating("weights", weights)
     check.same_device("memory", memory, z=z, row_class=row_class, weights=weights)
+    if torch.compiler.is_compiling() or row_class.device.type != "cpu":
+        return
+    if not op or choose(op, backend, (memory, z, row_class, weights)) != "native":  # which looks at classes itself
+        check.labels("row_class", row_class, z.shape[0], memory.shape[0])
 
 
 def _check_bank(memory: Tensor, usage: Tensor, momentum: float) -> None:
@@ -171,7 +178,7 @@ def ema_scatter_(
         1
     """
     _check_bank(memory, usage, momentum)
-    _check_rows(memory, z, row_class, weights)
+    _check_rows(memory, z, row_class, weights, "ema_scatter_", backend)
     check.same_device("memory", memory, usage=usage)
     check.generator(generator)
     z = z.detach()
@@ -202,7 +209,7 @@ def ema_accumulate(
     Raises:
         ValueError, BackendError: as in `gated_attention_pool`.
     """
-    _check_rows(memory, z, row_class, weights)
+    _check_rows(memory, z, row_class, weights, "ema_accumulate", backend)
     sums, mass, _ = ops.ema_accumulate(memory, z.detach(), row_class, weights, normalize, backend or "")
     return sums, mass
 
