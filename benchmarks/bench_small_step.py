@@ -51,7 +51,7 @@ def make_trainer(slides: int = SLIDES, regions: int = REGIONS) -> Trainer:
     )
     model = build_model(config, WIDTH, 2, GENES)
     model.memory.fill_(torch.randn(200, model.memory.memory.shape[2]), torch.arange(200) % 2)  # type: ignore[union-attr]
-    return Trainer(model.train(), config, loader, loader)
+    return Trainer(model.train(), config, loader, loader, amp=False)  # as by hand, in float32
 
 
 def padded(trainer: Trainer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
