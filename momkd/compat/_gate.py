@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from momkd import dispatch, functional
 from momkd.bags import Bags
-from momkd.compat._rows import Rows, even_offsets
+from momkd.compat._rows import Rows
 from momkd.reference.gated_attention_pool import GateParameters
 
 # How the projects name the three parts.
@@ -100,7 +100,7 @@ def read(block: Block) -> tuple[Branch, Branch | None] | str:
     return (value, gate) if _plain(block.out) else "its last layer is no plain Linear"
 
 
-def fused_is_quicker(x: Tensor, offsets: Tensor, weight: Tensor) -> bool:
+def fused_is_quicker(x: Tensor, offsets: Tensor | None, weight: Tensor) -> bool:
     """Whether a kernel of `gated_attention_pool` takes less time on these tensors than the modules one after the other.
 
     The op asks the same: where it would be plain torch anyway, the modules stay what they are.
@@ -133,9 +133,7 @@ def pool(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
 def scores_of(x: Tensor, block: Block) -> Tensor:
     """Patches (..., L) -> scores before softmax (..., H), in the dtype that the modules give."""
     branches, rows = read(block), x.reshape(-1, x.shape[-1])
-    if isinstance(branches, str):
-        return block.scores(x)
-    if not fused_is_quicker(rows, even_offsets(1, len(rows), x.device), branches[0].linear.weight):
+    if isinstance(branches, str) or not fused_is_quicker(rows, None, branches[0].linear.weight):
         return block.scores(x)
     scores = functional.gated_attention_scores(rows, *_parameters(branches, block), dropout_p=branches[0].dropout)
     device, dtype = x.device.type, x.dtype

@@ -253,6 +253,21 @@ def test_the_gradient_of_score_bias_alone_needs_no_gate(name: str) -> None:
     assert backward(made, name, bias_alone, pooled=False) == 0
 
 
+def test_nor_does_it_run_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not dispatch.can_run("gated_attention_pool", "native", (torch.zeros(1, 1),))[0]:
+        pytest.skip("native: momkd._C is not built")
+    from momkd.native import gate
+
+    made = arguments((3, 0, 4), biased=True)
+    made = {k: v if k == "score_bias" else v.detach() for k, v in made.items()}
+    out = fused(made, (3, 0, 4), backend="native")[0].square().sum()
+    want = naive(doubled(made), (3, 0, 4))[0].square().sum()
+    monkeypatch.setattr(gate, "_backward", None)
+    (d_bias,) = torch.autograd.grad(out, [made["score_bias"]])
+    assert d_bias.shape == (7, 2)
+    assert_close(out, want, FORWARD)
+
+
 @pytest.mark.parametrize(
     ("name", "module", "function"),
     [
