@@ -353,6 +353,20 @@ def test_long_sums_stay_accurate() -> None:
     assert mass[0, 0] == len(z)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("where", [0, 2500, 4999])
+def test_a_class_that_there_is_not_changes_nothing(where: int, threads: int) -> None:
+    """Classes are looked at during the pass over the rows, by whichever thread has them."""
+    case = make(18, 5000, 2, 4, 8)
+    case.row_class[where] = 2
+    memory, usage = case.memory.copy(), np.ones((2, 4), np.float32)
+    assignments = np.zeros(5000, np.int32)
+    with pytest.raises(ValueError, match=f"got 2 at index {where}"):
+        _C.ema_scatter(*case.rows(), usage.ctypes.data, 0.9, assignments.ctypes.data, threads)
+    np.testing.assert_array_equal(case.memory, memory)
+    assert (usage == 1).all()
+
+
 def test_wrong_numbers_raise() -> None:
     case = make(16, 4, 2, 3, 5)
     good = [*case.rows(), 1, 1, 1, 1]
