@@ -18,13 +18,14 @@ _budget = DEFAULT  # a plain global: torch.compile guards it, and compiles again
 
 @contextmanager
 def gate_memory(size: int) -> Iterator[None]:
-    """Bound what each call of `gated_attention_pool` keeps for its backward inside the block.
+    """Bound what each call of the gate keeps for its backward inside the block.
 
-    Where gradients are wanted, the Triton backend keeps the products of the features with the weights of the gate:
-    N · 2D values in the dtype of the features (N · D without the σ branch), 1 KB a patch for D = 256 in 16-bit types.
-    Backward then takes two matrix products; above the budget it makes them again, a bounded chunk at a time, and takes
-    three. The numbers agree to rounding. Without this block, MOMKD_GATE_MEMORY says how many bytes, else one eighth of
-    the memory of the device. The other backends keep nothing.
+    Where gradients are wanted, `gated_attention_pool` and `gated_attention_scores` keep what their backward would else
+    make again: tanh(·) and σ(·), or the products that they are of (Triton), N · 2D values in the dtype of the features
+    (N · D without the σ branch), 1 KB a patch for D = 256 in 16-bit types. Backward then takes two matrix products in
+    place of three. Above the budget it makes them again, a bounded block at a time: the same numbers, to rounding by
+    Triton and bit for bit by the native kernels. Without this block, MOMKD_GATE_MEMORY says how many bytes, else one
+    eighth of the memory of the device, whatever of it is free: a compiled graph has to know beforehand.
 
     Args:
         size: bytes a call may keep; 0 keeps nothing.

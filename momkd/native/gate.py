@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from momkd.native import DTYPES, bags_of, bfloat16_unit, expect, extension, fresh, laid_out, rows
+from momkd.native import DTYPES, bags_of, bfloat16_unit, expect, extension, laid_out, recycle, rows
 from momkd.native.pooling import attention_pool_backward
 from momkd.reference.gated_attention_pool import GateParameters
 from momkd.reference.philox import keep_scale, keep_threshold
 
 BLOCK_BYTES = 4 << 20  # of products that are held at once, about
 LEAST_ROWS = 512  # of a block
+MANY_ROWS = 2048  # from which on one product of both branches saves more than copying their weights together costs
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -53,6 +54,7 @@ class _Gate:
         branches = [(w_v, b_v)] if w_u is None else [(w_v, b_v), (w_u, b_u)]
         self.weights = [laid_out(weight, self.product) for weight, _ in branches]  # (D, L) each
         self.columns = len(branches) * self.hidden
+        self.many = self.gated and x.shape[0] >= MANY_ROWS
         zero = None if b_v is not None and (w_u is None or b_u is not None) else torch.zeros(self.hidden)
         biases = [zero if bias is None else bias for _, bias in branches]
         self.bias = torch.cat([laid_out(bias) for bias in biases if bias is not None])  # (columns,)
@@ -64,6 +66,7 @@ class _Gate:
             self.dropout, self.seed = (keep_threshold(dropout_p), keep_scale(dropout_p)), int(seed)
         self.threads = torch.get_num_threads()
         self.packed = _packed(self.weights) if self.product == torch.bfloat16 else None
+        self.joined = torch.cat(self.weights) if self.many and self.packed is None else None  # (columns, L)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First row and end of each block."""
@@ -108,8 +111,11 @@ class _Gate:
             extension()[0].gate_scores_amx(values, self.packed.data_ptr(), about, 0, *addresses, None, self.threads)
         else:
             block = self.multiplied(first, end)
-            for weight, into in zip(self.weights, self.branches(products), strict=True):
-                torch.mm(block, weight.T, out=into)
+            if self.joined is not None:
+                torch.mm(block, self.joined.T, out=products)
+            else:
+                for weight, into in zip(self.weights, self.branches(products), strict=True):
+                    torch.mm(block, weight.T, out=into)
             extension()[0].gate_scores(products.data_ptr(), self.about(first, end), *addresses, self.threads)
 
 
@@ -125,7 +131,7 @@ def _packed(weights: list[Tensor]) -> Tensor | None:
 
 
 def _room_to_keep(gate: _Gate, keep: bool) -> Tensor | None:
-    return fresh(gate.x.new_empty(gate.x.shape[0], gate.columns)) if keep else None
+    return recycle.empty((gate.x.shape[0], gate.columns), gate.x.dtype) if keep else None
 
 
 def _result(kept: Tensor | None, gate: _Gate) -> Tensor:
@@ -270,7 +276,8 @@ def _backward(
     again = gate.space(gate.x.dtype) if kept is None else None
     wide = again if gate.product == gate.x.dtype else gate.space(gate.product) if kept is None else None
     unread = torch.empty_like(d_scores) if kept is None else d_scores  # scores that are made again
-    d_weights: list[Tensor | None] = [None] * len(gate.weights)
+    joined = gate.many and half
+    d_weights: list[Tensor | None] = [None] * (1 if joined else len(gate.weights))
     for first, end in gate.blocks():
         count = end - first
         if kept is not None:
@@ -293,7 +300,7 @@ def _backward(
         )
         if need_weights:
             if by_columns is not None:
-                turned = by_columns.view(-1)[: gate.columns * count].view(-1, gate.hidden, count).unbind()
+                turned = by_columns.view(-1)[: gate.columns * count].view(len(d_weights), -1, count).unbind()
             else:
                 assert by_rows is not None
                 turned = tuple(part.T for part in gate.branches(by_rows[:count]))
@@ -309,7 +316,8 @@ def _backward(
                     into += d_branch @ weight
     if need_weights and gate.x.shape[0] == 0:
         return [torch.zeros_like(weight) for weight in gate.weights]
-    return [d for d in d_weights if d is not None]
+    found = [d for d in d_weights if d is not None]
+    return [part.clone() for part in found[0].view(2, gate.hidden, -1)] if joined and found else found
 
 
 def _with_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
