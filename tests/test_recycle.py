@@ -31,7 +31,8 @@ def test_memory_is_lent_again_once_nothing_holds_it() -> None:
     assert (part == 1).all()
     del part, second
     third = recycle.empty((5000, 1000), torch.bfloat16)
-    assert third.data_ptr() % 64 == 0 and third.dtype == torch.bfloat16
+    assert third.data_ptr() % 64 == 0
+    assert third.dtype == torch.bfloat16
 
 
 def test_a_buffer_far_too_large_is_not_lent() -> None:
