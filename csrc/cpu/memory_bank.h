@@ -93,7 +93,7 @@ class UnitBank {
     }
     columns_ = kSummands * part;
     packed_ = Buffer<uint16_t>(amx_packed_size(columns_, width));
-    amx_pack(halves.get(), columns_, width, packed_.get(), 1, 1);
+    amx_pack(halves.get(), columns_, width, packed_.get(), 1);
   }
 #endif
 
