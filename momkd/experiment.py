@@ -380,7 +380,7 @@ def _train_fold(
     skipped = inputs.cohort.skipped if skip_bad and inputs.cohort is not None else None
     before = set(skipped or {})
     loaders = {
-        part: _loader(inputs, slides, transform, config, device, skipped, kept)
+        part: _loader(inputs, slides, transform, config, device, skipped, kept, amp)
         for part, slides in split.parts().items()
     }
     with distributed.together():
@@ -473,6 +473,7 @@ def _loader(
     device: torch.device,
     skipped: dict[str, str] | None,
     kept: DeviceCache | None,
+    amp: bool,
 ) -> BagLoader:
     options, table, cohort = config.train, inputs.labels.table, inputs.cohort
     profiles = None if transform is None else _profiles(inputs, slides, transform)
@@ -503,6 +504,7 @@ def _loader(
         skipped=skipped,
         device_cache=kept,
         read_blocks=None if cohort is None else cohort.blocks,
+        dtype=torch.bfloat16 if amp and device.type == "cpu" and cohort is not None else None,  # a GPU casts faster
     )
 
 

@@ -19,9 +19,9 @@ from momkd.errors import InputError
 if TYPE_CHECKING:
     from momkd.config import TrainConfig
 
-# Values (patches × their width) of a step from which on bfloat16 is the faster on a CPU: below, casting costs what the
-# products save. Measured by benchmarks/bench_precision.py, with AMX.
-ENOUGH = 300_000
+# Values (patches × their width) of a step from which on bfloat16 is the faster on a CPU: below, casting costs about
+# what the products save. Measured by benchmarks/bench_precision.py, with AMX.
+ENOUGH = 500_000
 
 
 def multiplier(device: torch.device) -> str:

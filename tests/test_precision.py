@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from momkd import experiment, precision
 from momkd.bags import Bags
 from momkd.config import Config
+from momkd.data.batches import BagLoader
 from momkd.doctor import doctor
 from momkd.errors import InputError
 from momkd.evaluate import evaluate_external
@@ -159,9 +160,16 @@ def test_auto_takes_it_for_steps_of_enough_values(
     tiny_cohort: SimulatedCohort, tmp_path: Path, processor: Processor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor("AMX")
+    loaders = []
+    monkeypatch.setattr(
+        experiment, "BagLoader", lambda *given, **named: loaders.append(BagLoader(*given, **named)) or loaders[-1]
+    )
     assert train(tiny_cohort, tmp_path / "small", "train.epochs=1").info.precision == "float32"
-    monkeypatch.setattr("momkd.precision.ENOUGH", 1000)
+    assert {loader.dtype for loader in loaders} == {None}
+    loaders.clear()
+    monkeypatch.setattr(precision, "ENOUGH", 1000)
     assert train(tiny_cohort, tmp_path / "large", "train.epochs=1").info.precision == "bfloat16"
+    assert {loader.dtype for loader in loaders} == {torch.bfloat16}
 
 
 def test_an_interrupted_training_in_bfloat16_ends_the_same(
@@ -265,6 +273,16 @@ def test_features_are_cast_once(stored: torch.dtype, encoder: str, pooling: str)
     with autocast(CPU, True), Conversions(bags.features.shape) as conversions:
         sum(model.training_step(bags, torch.tensor([0, 1])).losses.values()).backward()
     assert conversions.seen == [(stored, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_batches_are_joined_in_bfloat16(stored: torch.dtype) -> None:
+    features = {f"s{n}": torch.randn(n * 100, 8).to(stored) for n in (1, 0, 7)}
+    sizes = {slide: len(x) for slide, x in features.items()}
+    loader = BagLoader(list(features), np.zeros(3, np.int64), sizes, features.__getitem__, dtype=torch.bfloat16)
+    (batch,) = loader.batches(loader.once())
+    assert batch.bags.lengths == (100, 0, 700)
+    assert torch.equal(batch.bags.features, torch.cat(list(features.values())).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("make", [MoMKD, ABMIL])

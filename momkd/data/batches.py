@@ -24,6 +24,7 @@ from momkd.graph import Edges, batch
 
 _AHEAD = 2  # batches read while one is in use
 _ON_DEVICE_AHEAD = 1  # of them copied to a GPU already
+_CAST = 256  # rows cast at once
 
 
 @dataclass(eq=False)
@@ -47,6 +48,7 @@ class BagLoader:
         graph: the graph of a slide, or of some of its patches, for encoders that want one; see `SlideGraphs`.
         skipped: where a slide that cannot be read is noted and left out; None: reading it is an error.
         read_blocks: reads a slide so many patches at a time; None where slides are read whole alone.
+        dtype: of the features in batches; None: as they are read.
     """
 
     slide_ids: Sequence[str]
@@ -64,6 +66,7 @@ class BagLoader:
     skipped: dict[str, str] | None = None
     device_cache: DeviceCache | None = None
     read_blocks: Callable[[str, int], Iterator[Tensor]] | None = None
+    dtype: torch.dtype | None = None
     _cache: dict[str, tuple[Tensor | None, Edges | None]] = field(default_factory=dict, init=False, repr=False)
     _held: int = field(default=0, init=False, repr=False)  # bytes in the cache
     _nothing: tuple[Tensor, Edges | None] | None = field(default=None, init=False, repr=False)  # of a slide: no row
@@ -265,13 +268,20 @@ class BagLoader:
             )
 
     def _joined(self, features: list[Tensor]) -> Bags:
-        """One batch; page-locked, the rows are copied once, from where they lie into it."""
-        if not self.pin:
-            return Bags.from_list(features)
+        """One batch; page-locked or of another type, the rows are copied once, from where they lie into it."""
         first = features[0]
-        rows = torch.empty(sum(map(len, features)), first.shape[1], dtype=first.dtype, pin_memory=True)
-        bags = Bags.from_lengths(torch.cat(features, out=rows), [len(x) for x in features])
-        return replace(bags, offsets=bags.offsets.pin_memory())
+        dtype = self.dtype or first.dtype
+        if not self.pin and dtype == first.dtype:
+            return Bags.from_list(features)
+        sizes = [len(x) for x in features]
+        rows = torch.empty(sum(sizes), first.shape[1], dtype=dtype, pin_memory=self.pin)
+        if dtype == first.dtype:
+            torch.cat(features, out=rows)
+        else:
+            for target, x in zip(rows.split(sizes), features, strict=True):
+                _cast(x, target)
+        bags = Bags.from_lengths(rows, sizes)
+        return replace(bags, offsets=bags.offsets.pin_memory()) if self.pin else bags
 
     def _slide(
         self,
@@ -311,6 +321,12 @@ class BagLoader:
             nothing = rows.none() if isinstance(rows, KeptRows) else rows[:0].clone()
             self._nothing = nothing, None if edges is None else edges.rows(0, 0)
         return rows, edges
+
+
+def _cast(x: Tensor, rows: Tensor) -> None:
+    """Copy into rows of another type by way of float32, in cache: torch has no vectors from float16 to bfloat16."""
+    for block, target in zip(x.split(_CAST), rows.split(_CAST), strict=True):
+        target.copy_(block.float())
 
 
 def _copied(
