@@ -278,7 +278,7 @@ class BagLoader:
         if dtype == first.dtype:
             torch.cat(features, out=rows)
         else:
-            for target, x in zip(rows.split(sizes), features, strict=True):
+            for target, x in zip(torch.split(rows, sizes), features, strict=True):
                 _cast(x, target)
         bags = Bags.from_lengths(rows, sizes)
         return replace(bags, offsets=bags.offsets.pin_memory()) if self.pin else bags
@@ -325,7 +325,7 @@ class BagLoader:
 
 def _cast(x: Tensor, rows: Tensor) -> None:
     """Copy into rows of another type by way of float32, in cache: torch has no vectors from float16 to bfloat16."""
-    for block, target in zip(x.split(_CAST), rows.split(_CAST), strict=True):
+    for block, target in zip(torch.split(x, _CAST), torch.split(rows, _CAST), strict=True):
         target.copy_(block.float())
 
 
