@@ -238,9 +238,10 @@ def gated_attention_scores_backward(
 ) -> tuple[Tensor | None, ...]:
     """`d_x` (N, L), where it is given, is added to."""
     expect("d_scores", d_scores, (x.shape[0], parameters.w_a.shape[0]))
-    if not any(needs):
-        return (None,) * 7
     d_scores = laid_out(d_scores)
+    if not any(needs[:6]):
+        b_a = parameters.b_a
+        return (*(None,) * 6, d_scores.sum(0).to(b_a.dtype) if needs[6] and b_a is not None else None)
     gate = _Gate(x, parameters, dropout_p, seed)
     if needs[0] and d_x is None:
         d_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
