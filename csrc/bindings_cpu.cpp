@@ -29,7 +29,7 @@ py::dict build_info() {
   info["openmp"] = py::none();
 #endif
   info["isa"] = isa_name(current_isa());
-  info["amx"] = current_isa() == Isa::avx512 && has_amx();
+  info["amx"] = has_amx();
   info["version"] = MOMKD_VERSION;
   return info;
 }

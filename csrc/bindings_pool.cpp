@@ -119,13 +119,12 @@ void gate_backward_of(uintptr_t kept, const GateArguments &arguments, uintptr_t 
 #ifdef MOMKD_HAVE_AMX
 
 int64_t amx_packed_size_of(int64_t columns, int64_t width) {
-  return current_isa() == Isa::avx512 && has_amx() && amx_takes(columns) ? amx_packed_size(columns, width)
-                                                                         : 0;
+  return has_amx() && amx_takes(columns) ? amx_packed_size(columns, width) : 0;
 }
 
-void amx_pack_of(uintptr_t weights, int64_t columns, int64_t width, uintptr_t packed, int threads) {
+void amx_pack_of(uintptr_t weights, int64_t columns, int64_t width, uintptr_t packed) {
   py::gil_scoped_release release;
-  amx_pack(pointer<const uint16_t>(weights), columns, width, pointer<uint16_t>(packed), threads);
+  amx_pack(pointer<const uint16_t>(weights), columns, width, pointer<uint16_t>(packed));
 }
 
 void gate_scores_amx_of(const RowArguments &rows, uintptr_t packed, const GateArguments &arguments,
@@ -168,8 +167,7 @@ void bind_pool(py::module_ &m) {
   // 0 where the matrix unit is missing or doesn't take so many columns.
   m.def("amx_packed_size", &amx_packed_size_of, arg("columns"), arg("width"));
 #ifdef MOMKD_HAVE_AMX
-  m.def("amx_pack", &amx_pack_of, arg("weights_ptr"), arg("columns"), arg("width"), arg("packed_ptr"),
-        arg("threads"));
+  m.def("amx_pack", &amx_pack_of, arg("weights_ptr"), arg("columns"), arg("width"), arg("packed_ptr"));
   m.def("gate_scores_amx", &gate_scores_amx_of, arg("rows"), arg("packed_ptr"), arg("gate"),
         arg("score_bias_ptr"), arg("scores_ptr"), arg("kept_ptr"), arg("pool").none(true), arg("threads"));
 #endif

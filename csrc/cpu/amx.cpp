@@ -1,15 +1,12 @@
-// Compiled for processors with AMX where the compiler knows them: nothing here may run before has_amx().
+// Compiled for processors with AMX alone: nothing here may run before has_amx(), and, as in *_rows.cpp,
+// nothing may be an inline function of another header, of which the linker keeps one copy.
 #include "cpu/amx.h"
 
 #ifdef MOMKD_HAVE_AMX
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <cstring>
+#include <cstddef>
 
-#include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace momkd {
@@ -28,22 +25,22 @@ constexpr int64_t kTileRows = 16,
 
 }  // namespace
 
-void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed, int threads) {
+void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed) {
   // A tile holds 16 pairs of values of 16 columns: packed[pair][column][2]. Seen as words of two values, 16
   // by 16 of them are turned.
-  const int64_t depth = amx_depth(width), panels = columns / kTileRows;
-  parallel_for(panels, workers_for(panels, threads), [&](int64_t panel, int) {
+  const int64_t depth = amx_depth(width);
+  for (int64_t panel = 0; panel < columns / kTileRows; ++panel) {
     const uint16_t *from = weights + panel * kTileRows * width;
     uint16_t *to = packed + panel / 2 * kAmxColumns * depth + panel % 2 * kTileValues;
     for (int64_t k = 0; k < depth; k += kAmxDepth, to += 2 * kTileValues) {
       Vec words[kTileRows] = {};
-      const int64_t values = std::min(kAmxDepth, width - k);
+      const int64_t values = width - k < kAmxDepth ? width - k : kAmxDepth;
       for (int64_t column = 0; column < kTileRows; ++column)
-        std::memcpy(&words[column], from + column * width + k, static_cast<size_t>(values) * 2);
+        __builtin_memcpy(&words[column], from + column * width + k, static_cast<std::size_t>(values) * 2);
       transpose(words);
-      std::memcpy(to, words, sizeof words);
+      __builtin_memcpy(to, words, sizeof words);
     }
-  });
+  }
 }
 
 AmxTiles::AmxTiles() {
@@ -61,13 +58,14 @@ void amx_products(const uint16_t *rows, int64_t stride, int64_t count, int64_t w
                   int64_t columns, float *out, uint16_t *scratch) {
   const int64_t depth = amx_depth(width);
   if (count < kAmxRows || depth != width) {  // tiles are whole: the rest is zero
-    std::memset(scratch, 0, static_cast<size_t>(kAmxRows * depth) * 2);
+    __builtin_memset(scratch, 0, static_cast<std::size_t>(kAmxRows * depth) * 2);
     for (int64_t i = 0; i < count; ++i)
-      std::memcpy(scratch + i * depth, rows + i * stride, static_cast<size_t>(width) * 2);
+      __builtin_memcpy(scratch + i * depth, rows + i * stride, static_cast<std::size_t>(width) * 2);
     rows = scratch;
     stride = depth;
   }
-  const size_t row_bytes = static_cast<size_t>(stride) * 2, out_bytes = static_cast<size_t>(columns) * 4;
+  const std::size_t row_bytes = static_cast<std::size_t>(stride) * 2,
+                    out_bytes = static_cast<std::size_t>(columns) * 4;
   const uint16_t *lower = rows + kTileRows * stride;
   for (int64_t column = 0; column < columns; column += kAmxColumns) {
     const uint16_t *panel = packed + column * depth;
@@ -92,31 +90,6 @@ void amx_products(const uint16_t *rows, int64_t stride, int64_t count, int64_t w
     _tile_stored(3, to + kTileRows * columns + kTileRows, out_bytes);
   }
 }
-
-namespace {
-
-bool allowed() {
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  const bool processor = edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return processor && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-}  // namespace
-
-bool has_amx() {
-  static const bool has = allowed();
-  return has;
-}
-
-}  // namespace momkd
-
-#else
-
-namespace momkd {
-
-bool has_amx() { return false; }
 
 }  // namespace momkd
 

@@ -5,7 +5,7 @@
 
 namespace momkd {
 
-// Whether this was compiled in, the processor has it and the system lets this process use it.
+// Whether this was compiled in, the processor has it and the system lets this process use it. See isa.cpp.
 bool has_amx();
 
 #ifdef MOMKD_HAVE_AMX
@@ -22,7 +22,7 @@ constexpr int64_t amx_packed_size(int64_t columns, int64_t width) { return colum
 constexpr int64_t amx_scratch(int64_t width) { return kAmxRows * amx_depth(width); }
 
 // Weights (columns, width) in the order in which products read them.
-void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed, int threads);
+void amx_pack(const uint16_t *weights, int64_t columns, int64_t width, uint16_t *packed);
 
 // The matrix unit is set up for the thread that holds one of these.
 class AmxTiles {

@@ -2,6 +2,14 @@
 
 #include <atomic>
 
+#include "cpu/amx.h"
+
+#ifdef MOMKD_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(MOMKD_HAVE_AVX2) || defined(MOMKD_HAVE_AVX512)
 #include <cpuid.h>
 #endif
@@ -47,6 +55,16 @@ Isa best() {
   return available(Isa::avx2) ? Isa::avx2 : Isa::baseline;
 }
 
+#ifdef MOMKD_HAVE_AMX
+bool amx_allowed() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool told = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
+  const bool processor = told && (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return processor && available(Isa::avx512) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 std::atomic<Isa> &chosen() {
   static std::atomic<Isa> isa{best()};
   return isa;
@@ -60,6 +78,15 @@ bool use_isa(Isa isa) {
   if (!available(isa)) return false;
   chosen().store(isa, std::memory_order_relaxed);
   return true;
+}
+
+bool has_amx() {
+#ifdef MOMKD_HAVE_AMX
+  static const bool has = amx_allowed();
+  return has && current_isa() == Isa::avx512;
+#else
+  return false;
+#endif
 }
 
 const char *isa_name(Isa isa) {

@@ -37,7 +37,7 @@ class UnitBank {
         column[j * kSlotGroup] = row[j] = static_cast<float>(from[j] / norm_[slot]);
     }
 #ifdef MOMKD_HAVE_AMX
-    if (type == RowType::bfloat16 && current_isa() == Isa::avx512 && has_amx()) pack();
+    if (type == RowType::bfloat16 && has_amx()) pack();
 #else
     (void)type;
 #endif
@@ -93,7 +93,7 @@ class UnitBank {
     }
     columns_ = kSummands * part;
     packed_ = Buffer<uint16_t>(amx_packed_size(columns_, width));
-    amx_pack(halves.get(), columns_, width, packed_.get(), 1);
+    amx_pack(halves.get(), columns_, width, packed_.get());
   }
 #endif
 

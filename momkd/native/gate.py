@@ -126,7 +126,7 @@ def _packed(weights: list[Tensor]) -> Tensor | None:
         return None
     packed = weights[0].new_empty(len(weights), size)
     for weight, into in zip(weights, packed, strict=True):
-        extension()[0].amx_pack(weight.data_ptr(), *weight.shape, into.data_ptr(), torch.get_num_threads())
+        extension()[0].amx_pack(weight.data_ptr(), *weight.shape, into.data_ptr())
     return packed
 
 
