@@ -68,7 +68,7 @@ def gated_attention_pool(
     x, offsets = _ragged("x", x, offsets)
     check.shape("x", x, (None, None), "(N, L)")
     check.offsets(offsets, x.shape[0])
-    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a)
+    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p)
     check.same_device("x", x, offsets=offsets, score_bias=score_bias)
     if score_bias is not None:
         check.shape("score_bias", score_bias, (x.shape[0], w_a.shape[0]), "(N, H)")
@@ -118,7 +118,7 @@ def gated_attention_scores(
         torch.Size([70, 1])
     """
     check.shape("x", x, (None, None), "(N, L)")
-    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a)
+    gate = _gate_of(x, w_v, b_v, w_u, b_u, w_a, b_a, dropout_p)
     if _plain_is_quicker("gated_attention_scores", gate, None, dropout_p, backend):
         return _plain.gate(*gate)  # type: ignore[arg-type]
     scores: Tensor = ops.gated_attention_scores(*gate, *_gate_options(gate, dropout_p, seed), backend or "")[0]
@@ -133,8 +133,10 @@ def _gate_of(
     b_u: Tensor | None,
     w_a: Tensor,
     b_a: Tensor | None,
+    dropout_p: float,
 ) -> tuple[Tensor | None, ...]:
     """The features and the parameters of a gate, checked, and cast where autocast is on."""
+    check.fraction("dropout_p", dropout_p, below_one=True)
     check.floating("x", x)
     check.shape("w_v", w_v, (None, x.shape[1]), "(D, L)")
     hidden = w_v.shape[0]
@@ -172,7 +174,6 @@ def _gate_options(
     gate: Sequence[Tensor | None], dropout_p: float, seed: int | Tensor | None
 ) -> tuple[float, Tensor | None, int]:
     """dropout_p, the seed of the dropout, and how many bytes may be kept for backward."""
-    check.fraction("dropout_p", dropout_p, below_one=True)
     x = gate[0]
     assert x is not None
     drawn = check.seed(seed, x.device) if dropout_p > 0 else None

@@ -183,6 +183,35 @@ def test_what_lies_beside_the_rows_is_not_read_as_theirs() -> None:
     assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("p", [-0.1, 1.0, float("nan")])
+def test_a_bad_dropout_is_refused_in_every_form(p: float) -> None:
+    """One small bag is plain torch, several are not."""
+    x, given = torch.randn(6, WIDTH), gate_of()
+    for offsets in ([0, 6], [0, 2, 6]):
+        with pytest.raises(ValueError, match="dropout_p: expected"):
+            F.gated_attention_pool(x, torch.tensor(offsets, dtype=torch.int32), *given, dropout_p=p)
+    with pytest.raises(ValueError, match="dropout_p: expected"):
+        F.gated_attention_scores(x, *given, dropout_p=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_bag_is_plain_torch_and_says_what_the_kernels_say(dtype: torch.dtype) -> None:
+    x, given, offsets = rows(dtype, (37,)), of_dtype(gate_of(2), dtype), torch.tensor([0, 37], dtype=torch.int32)
+    leaves = [x, *(t for t in given if t is not None)]
+    plain, by_kernel = (
+        F.gated_attention_pool(x, offsets, *given, return_scores=True, backend=backend) for backend in (None, "native")
+    )
+    assert "momkd" not in str(plain[0].grad_fn).lower()
+    tolerance = FORWARD if dtype == torch.float32 else 2e-2
+    for g, w in zip(plain, by_kernel, strict=True):
+        assert g.dtype == w.dtype
+        assert_close(g, w, tolerance)
+    for g, w in zip(*(torch.autograd.grad(r[0].sum(), leaves[:5]) for r in (plain, by_kernel)), strict=True):
+        assert_close(g, w, 10 * tolerance)
+    scores = F.gated_attention_scores(x, *given)
+    assert_close(scores, plain[1], tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_backward_can_be_taken_twice(dtype: torch.dtype) -> None:
     x, given = rows(dtype), of_dtype(gate_of(), dtype)
