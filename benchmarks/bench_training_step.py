@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.bench_gated_attention_pool import multiplies
 from benchmarks.bench_graph_attention import tissue
 from benchmarks.measure import on_each_device, peak_bytes, record, require, timings
 from momkd import Bags, graph
@@ -125,11 +126,14 @@ def sizes_of(slides: int, median: int) -> list[int]:
 
 @on_each_device
 @pytest.mark.parametrize("slides", [1, 16])
-def test_training_step(benchmark: Any, full: bool, device: str, slides: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training_step(benchmark: Any, full: bool, device: str, slides: int, dtype: torch.dtype) -> None:
+    """Both sides in float32, or under bfloat16 autocast."""
     pytest.importorskip("torch_geometric", reason="the peer needs PyG: pip install -e '.[peers]'")
     require(device)
+    multiplies(device, dtype)
     sizes = sizes_of(slides, 4000 if full or device == "cuda" or slides == 1 else 500)
-    calls = step_calls(device, sizes)
+    calls = step_calls(device, sizes, autocast=dtype == torch.bfloat16)
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     taken = timings(calls, device, rounds=9 if slides == 1 else 5)
     for name, each in taken.items():  # until the device has finished: the host's work is part of a step
